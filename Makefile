@@ -1,0 +1,38 @@
+# make demo | make test: everything from nothing, in ./.venv. ARGS="..." goes to the command.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+STAMP  := .venv/installed
+
+# Whatever leads to another Python or other packages than .venv's.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
+
+.PHONY: demo test install lint clean
+
+# The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
+demo: install
+	$(BIN)/selfreg-fast demo $(ARGS)
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+install: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The environment first gets its torch; the package is then built against that one.
+$(STAMP): $(SOURCES) setup.py pyproject.toml MANIFEST.in | $(BIN)/python
+	$(BIN)/python -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("torch"))' || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install '.[demo,test]'
+	touch $@
+
+lint: install
+	$(BIN)/pip install -q mypy ruff
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info
