@@ -1,0 +1,140 @@
+"""The exit-loss matrix as a differentiable function of the exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops import Options
+
+
+def exit_loss(
+    exits: Sequence[Tensor],
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    weights: tuple[float, ...],
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`(total, losses)` of :func:`selfreg_fast.ops.exit_loss`, both differentiable with respect to the exits.
+
+    With `weights`, the gradients of the total are written by the forward launch itself.
+    """
+    wanted: tuple[int, ...] = ()
+    if torch.is_grad_enabled():
+        wanted = tuple(
+            i for i, z in enumerate(exits) if z.requires_grad and _learns(i, labels is not None, weights, options)
+        )
+    try:
+        total, losses = _ExitLoss.apply(  # type: ignore[no-untyped-call]
+            labels, class_weight, pixel_weight, weights, wanted, options, *exits
+        )
+        return total, losses
+    except (RuntimeError, ValueError):
+        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels, exits[0].shape[1], options.ignore_index)  # the kernel met a label out of range
+        raise
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """ValueError with value and position of the first label that is neither a class nor ignored."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if wrong.any():
+        position = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
+            f"got {labels[position].item()} at {position}"
+        )
+
+
+def _learns(i: int, labelled: bool, weights: tuple[float, ...], options: Options) -> bool:
+    """Whether exit i gets any gradient: from the labels, from a teacher, or as a teacher that is not detached."""
+    n = len(weights) // (len(options.teachers) + 1)
+    if labelled and (not weights or weights[i] != 0):
+        return True
+    for r, t in enumerate(options.teachers):
+        if t != i and (not weights or weights[(r + 1) * n + i] != 0):
+            return True
+        if t == i and not options.detach_teacher:
+            return True
+    return False
+
+
+class _ExitLoss(torch.autograd.Function):
+    """One launch forward. Backward: the saved gradients, or the same launch again with the losses' gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        weights: tuple[float, ...],
+        wanted: tuple[int, ...],
+        options: Options,
+        *exits: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        # In float16 a gradient already divided by the number of pixels underflows before a loss scaler multiplies it:
+        # there the backward recomputes, with the scaled gradient.
+        now = wanted if weights and exits[0].dtype != torch.float16 else ()
+        total, losses, grads = ops.exit_loss(exits, labels, class_weight, pixel_weight, None, weights, now, options)
+        ctx.weights, ctx.wanted, ctx.options, ctx.saved = weights, wanted, options, len(grads)
+        ctx.save_for_backward(labels, class_weight, pixel_weight, *exits, *grads)
+        return total, losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
+        exits = ctx.saved_tensors[3 : len(ctx.saved_tensors) - ctx.saved]
+        with torch.no_grad():
+            grads = _ExitLoss.gradients(ctx, grad_total, grad_losses)
+        if grads and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _OnceDifferentiable.apply(len(grads), *grads, *exits)  # type: ignore[no-untyped-call]
+        result: list[Tensor | None] = [None] * len(exits)
+        if grads:
+            for i, g in zip(ctx.wanted, grads, strict=True):
+                result[i] = g
+        return None, None, None, None, None, None, *result
+
+    @staticmethod
+    def gradients(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> list[Tensor]:
+        labels, class_weight, pixel_weight, *tensors = ctx.saved_tensors
+        exits, grads = tensors[: len(tensors) - ctx.saved], tensors[len(tensors) - ctx.saved :]
+        if not ctx.weights:
+            grad_total = None  # that total is the constant 0
+        if not ctx.wanted or (grad_total is None and grad_losses is None):
+            return []
+        if grads and grad_total is not None and grad_losses is None:
+            # Never in place: the saved gradients serve again under retain_graph.
+            return grads if _is_one(grad_total) else [g * grad_total for g in grads]
+        if grad_total is not None:
+            weights = torch.tensor(ctx.weights, dtype=grad_total.dtype, device=grad_total.device)
+            from_total = grad_total * weights.view(-1, len(exits))
+            grad_losses = from_total if grad_losses is None else grad_losses + from_total
+        assert grad_losses is not None
+        return ops.exit_loss(
+            exits, labels, class_weight, pixel_weight, grad_losses.contiguous(), (), ctx.wanted, ctx.options
+        )[2]
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes on gradients that are functions of the exits; differentiating them again is an error that says so."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "selfreg_fast: the fused losses are differentiable once; for second derivatives pass backend='reference'"
+        )
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether a CPU scalar is 1, where looking costs nothing: not on a GPU (a sync), nor in a traced graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.item() == 1

@@ -1,0 +1,129 @@
+"""Which backends there are on this machine, why the others are not, and which one a call takes.
+
+Importing this module loads the compiled kernels, once. It never raises: what cannot be loaded is explained by
+:func:`backends`, and the reference serves in its stead.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AVAILABLE = "available"
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_PACKAGE = Path(__file__).resolve().parent
+_LIBRARY = _PACKAGE / "_C.abi3.so"
+_IN_SOURCE_TREE = (_PACKAGE.parent / "setup.py").is_file()
+_REINSTALL = (
+    f"pip install -e {_PACKAGE.parent}"
+    if _IN_SOURCE_TREE
+    else "pip install --force-reinstall --no-deps . (in the source directory of selfreg_fast)"
+)
+
+
+def build_record() -> dict[str, Any]:
+    """What the installation wrote down: "cpu" ("built" or why not), "torch", "compiler", "isas"; {} if nothing."""
+    try:
+        record = json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _load_cpu() -> str:
+    """Loads the CPU kernels and the operators' schemas. Returns "available", or why not and what to do about it."""
+    record = build_record()
+    if not _LIBRARY.is_file():
+        if _IN_SOURCE_TREE and not record:
+            return (
+                f"not built: this is the source tree {_PACKAGE.parent}, not an installed package. Install it "
+                f"(pip install {_PACKAGE.parent}) and start Python in another directory, or: {_REINSTALL}"
+            )
+        reason = record.get("cpu", "built")
+        return f"{'its file _C.abi3.so is missing' if reason == 'built' else reason}; to reinstall: {_REINSTALL}"
+    built, running = record.get("torch", "unknown"), str(torch.__version__)
+    versions = f"built against torch {built}, running in torch {running}"
+    if tuple(int(v) for v in running.split(".")[:2]) < (2, 10):
+        return f"needs torch 2.10 or newer ({versions}): pip install 'torch>=2.10'"
+    if str(_LIBRARY) in torch.ops.loaded_libraries:  # this module was reloaded
+        return AVAILABLE
+    if hasattr(torch.ops.selfreg_fast, "isa"):  # a second registration would abort the process
+        others = sorted(path for path in torch.ops.loaded_libraries if Path(path).name == _LIBRARY.name)
+        return f"another copy of selfreg_fast is loaded in this process ({', '.join(others)}): restart Python with one"
+    try:
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
+    except Exception as error:  # OSError by its documentation; no kind of it is worth a failing import
+        return f"cannot be loaded ({versions}): {error.__cause__ or error}; to reinstall: {_REINSTALL}"
+    return AVAILABLE
+
+
+_STATUS = {
+    "cuda": "not part of this version: the CUDA kernels come in a later one",
+    "triton": "not part of this version: the Triton kernels come in a later one",
+    "cpu": _load_cpu(),
+    "reference": AVAILABLE,
+}
+CPU_KERNELS = _STATUS["cpu"] == AVAILABLE
+
+# The type of the tensors -> the backends for it, the one that "auto" prefers first.
+_SERVING = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_AUTO = {device: next(n for n in names if _STATUS[n] == AVAILABLE) for device, names in _SERVING.items()}
+_FALLEN = frozenset(device for device, name in _AUTO.items() if name == "reference")
+_warned: set[str] = set()
+
+if not CPU_KERNELS and _LIBRARY.is_file():  # built, but of no use here: say so at once
+    _warned.add("cpu")
+    warnings.warn(f"selfreg_fast: no CPU kernels, the slow reference serves: {_STATUS['cpu']}", stacklevel=2)
+
+
+def backends() -> dict[str, str]:
+    """The state of each backend.
+
+    Returns:
+        {"cuda": ..., "triton": ..., "cpu": ..., "reference": ...}: "available", or why not and what to do about it.
+    """
+    return dict(_STATUS)
+
+
+def choose(name: str, device_type: str) -> str:
+    """The backend that serves a call.
+
+    "auto" is the first available of cuda, triton, reference for CUDA tensors, of cpu, reference for CPU tensors, and
+    the reference for all others. Where kernels are meant to serve and there are none, it warns, once.
+
+    Args:
+        name: "auto", "cuda", "triton", "cpu" or "reference".
+        device_type: the tensors' `device.type`.
+
+    Returns:
+        "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        ValueError: no backend has that name, or it does not compute on such tensors.
+        RuntimeError: the backend asked for is not available.
+    """
+    # In the hot path, and traced by torch.compile: look-ups of strings in what never changes, nothing else.
+    if name == "auto":
+        if device_type in _FALLEN and not torch.compiler.is_compiling():
+            _warn_of_fallback(device_type)
+        return _AUTO.get(device_type, "reference")
+    if name not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
+    if name not in _SERVING.get(device_type, ("reference",)):
+        raise ValueError(f"backend: {name!r} does not compute on {device_type} tensors; pass backend='auto'")
+    if _STATUS[name] != AVAILABLE:
+        raise RuntimeError(f"backend {name!r}: {_STATUS[name]}")
+    return name
+
+
+def _warn_of_fallback(device_type: str) -> None:
+    if device_type in _warned:
+        return
+    _warned.add(device_type)
+    reasons = "; ".join(f"{n}: {_STATUS[n]}" for n in _SERVING[device_type] if n != "reference")
+    warnings.warn(f"selfreg_fast: {device_type} tensors take the slow reference. {reasons}", stacklevel=2)

@@ -1,0 +1,719 @@
+"""The public losses: validate the arguments, choose the backend, sum rows of the exit-loss matrix.
+
+Every function here equals the function of the same name in :mod:`selfreg_fast.reference`, which holds the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, reference
+from .backends import choose
+from .ops import Options
+from .reference import SelfRegulationOutput, loss_dtype
+
+__all__ = [
+    "SelfRegulationOutput",
+    "exit_loss_matrix",
+    "mea_loss",
+    "presence_distillation_loss",
+    "presence_loss",
+    "presence_vector",
+    "self_regulation_loss",
+    "sr_f_loss",
+    "sr_l_loss",
+]
+
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+
+
+def exit_loss_matrix(
+    exits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    teachers: Sequence[int] = (),
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    mask_soft: bool = False,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""All label losses and all teacher-to-student losses of N exits, each exit read once.
+
+    .. math::
+        losses_{0,i} = CE(z_i, labels), \qquad losses_{1+r,i} = L(z_{teachers_r} \to z_i) \quad (i \ne teachers_r)
+
+    SR-F is the row of teacher 0, SR-L the row of teacher N-1, MEA row 0, deep mutual learning all rows: any weighted
+    sum of this matrix is a training objective.
+
+    Args:
+        exits: N tensors, shallow to deep, all (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W); float32, float16,
+            bfloat16 or float64, one dtype; any strides. 4-d exits may differ in (H, W): they are resized bilinearly.
+        labels: (B, ...) uint8, int32 or int64 class indices, `ignore_index` where there is none. None: row 0 is 0.
+        teachers: distinct indices of exits, negative ones counted from the deepest.
+        temperature: tau > 0.
+        renormalize: False: teacher and student are softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
+        target: "soft", or "argmax": the teacher's most likely class is a hard label (tau plays no part).
+        ignore_index: label that does not count.
+        class_weight: (C,) floating, as `weight` of `F.cross_entropy`.
+        label_smoothing: in [0, 1], as in `F.cross_entropy`.
+        size: output (H, W). None: the labels' size, else the largest exit's.
+        align_corners: as in `F.interpolate`.
+        pixel_weight: (B, ...) floating, at output size: weighs label and soft losses.
+        mask_soft: True: soft losses, too, skip pixels whose label is ignored.
+        reduction: "mean": over the weights of the pixels that count (and the class weights, for labels), exactly 0
+            where none does. "sum": no division. "none": the weighted map of every entry.
+        detach_teacher: True: teachers get no gradient from their students.
+        backend: "auto", "cpu", "cuda", "triton" or "reference", see :func:`selfreg_fast.backends`.
+
+    Returns:
+        (T + 1, N) losses, or (T + 1, N, B, ...) with `reduction="none"`; float32, or float64 for float64 exits;
+        differentiable once with respect to the exits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored.
+        RuntimeError: `backend` is not available here.
+
+    Source: Zhang et al., ICCV 2021 (soft targets, rows); Hinton et al., 2015 (`renormalize=True`).
+    """
+    return _losses(
+        exits,
+        labels,
+        weights=None,
+        teachers=teachers,
+        temperature=temperature,
+        renormalize=renormalize,
+        target=target,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        mask_soft=mask_soft,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
+        backend=backend,
+    )[1]
+
+
+def sr_f_loss(
+    features: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""SR-F: the shallowest exit teaches every deeper one its details.
+
+    .. math:: SR\text{-}F = \sum_{i \ge 1} L(z_0 \to z_i)
+
+    Args:
+        features: N >= 2 exits, shallow to deep: feature maps or logits, as in :func:`exit_loss_matrix`.
+        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, backend: as in
+            :func:`exit_loss_matrix`.
+
+    Returns:
+        A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits.
+
+    Source: Zhang et al., ICCV 2021.
+    """
+    n = _count(features, "features", at_least=2)
+    return _row_sum(
+        features,
+        [0.0] * n + [0.0] + [1.0] * (n - 1),
+        name="features",
+        teachers=(0,),
+        temperature=temperature,
+        renormalize=renormalize,
+        target=target,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
+        backend=backend,
+    )
+
+
+def sr_l_loss(
+    logits: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""SR-L: the deepest exit teaches every shallower one its semantics.
+
+    .. math:: SR\text{-}L = \sum_{k < N-1} L(z_{N-1} \to z_k)
+
+    Args:
+        logits: N >= 2 exits, shallow to deep, as in :func:`exit_loss_matrix`.
+        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, backend: as in
+            :func:`exit_loss_matrix`.
+
+    Returns:
+        A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits.
+
+    Source: Zhang et al., ICCV 2021.
+    """
+    n = _count(logits, "logits", at_least=2)
+    return _row_sum(
+        logits,
+        [0.0] * n + [1.0] * (n - 1) + [0.0],
+        name="logits",
+        teachers=(n - 1,),
+        temperature=temperature,
+        renormalize=renormalize,
+        target=target,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
+        backend=backend,
+    )
+
+
+def mea_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    exit_weights: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""MEA (multi-exit architecture), segmentation part: every exit learns from the labels.
+
+    .. math:: MEA = \sum_i exit\_weights_i \; CE(z_i, labels)
+
+    Args:
+        logits: N >= 1 exits (B, C, ...) of class logits, as in :func:`exit_loss_matrix`.
+        labels: (B, ...) uint8, int32 or int64.
+        exit_weights: N numbers; default 1 for every exit.
+        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, backend: as in
+            :func:`exit_loss_matrix`.
+
+    Returns:
+        A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`.
+
+    Source: Zhang et al., ICCV 2021.
+    """
+    n = _count(logits, "logits")
+    _require_tensor(labels, "labels")
+    return _row_sum(
+        logits,
+        _exit_weights(exit_weights, n),
+        labels,
+        name="logits",
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def self_regulation_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    features: Sequence[Tensor] | None = None,
+    image_logits: Sequence[Tensor] | None = None,
+    presence: Tensor | None = None,
+    mea_weight: float | None = 1.0,
+    sr_f_weight: float | None = 1.0,
+    sr_l_weight: float | None = 1.0,
+    seg_weight: float = 0.8,
+    cls_weight: float = 0.2,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    exit_weights: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    backend: str = "auto",
+) -> SelfRegulationOutput:
+    r"""The whole Self-Regulation objective; without `features`, in one launch that also writes the gradients.
+
+    .. math::
+        total &= mea\_weight \; MEA + sr\_f\_weight \; SR\text{-}F + sr\_l\_weight \; SR\text{-}L \\
+        MEA &= seg\_weight \sum_i exit\_weights_i \; CE(z_i, labels) + cls\_weight \sum_i BCE(image\_logits_i, presence)
+
+    Args:
+        logits: N >= 2 exits (B, C, ...) of class logits, shallow to deep, as in :func:`exit_loss_matrix`.
+        labels: (B, ...) uint8, int32 or int64.
+        features: N' >= 2 feature maps, shallow to deep, for SR-F; None: SR-F runs on `logits`. They are resized to the
+            same output size; to compare them at their own size, add :func:`sr_f_loss` to the other terms yourself.
+        image_logits: image-level predictions (B, K) before the sigmoid, one for each exit; None: MEA is its
+            segmentation part.
+        presence: (B, K) 1 where the class occurs in the image, else 0; None: made from `labels`.
+        mea_weight, sr_f_weight, sr_l_weight: weight of each part in the total. 0: computed and returned, but without
+            part in the total; None: left out and returned as 0.
+        seg_weight, cls_weight: weights of MEA's two parts; the defaults are the published code's.
+        exit_weights: N numbers, weights of the exits' label losses; default 1.
+        temperature, renormalize, target, ignore_index, class_weight, label_smoothing, size, align_corners,
+            pixel_weight, reduction, detach_teacher, backend: as in :func:`exit_loss_matrix`.
+
+    Returns:
+        `SelfRegulationOutput(total, mea, sr_f, sr_l)`: scalars (maps with `reduction="none"`), float32 or float64;
+        each is differentiable. Back-propagating `total` alone is the fast path.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits, or for
+            `image_logits` with `reduction="none"` (an image-level loss has no map).
+
+    Source: Zhang et al., ICCV 2021, with the weights 0.8 and 0.2 of its published code.
+    """
+    n = _count(logits, "logits", at_least=2)
+    _require_tensor(labels, "labels")
+    exit_weights = _exit_weights(exit_weights, n)
+    for name, weight in (("mea_weight", mea_weight), ("sr_f_weight", sr_f_weight), ("sr_l_weight", sr_l_weight)):
+        if weight is not None:
+            _require_number(weight, name)
+    _require_number(seg_weight, "seg_weight")
+    _require_number(cls_weight, "cls_weight")
+    if features is not None:
+        _count(features, "features", at_least=2)
+    if image_logits is None and presence is not None:
+        raise ValueError("presence is used with image_logits only, but image_logits is None")
+    if image_logits is not None and reduction == "none":
+        raise ValueError('image_logits cannot be used with reduction="none": an image-level loss has no map')
+    if size is None and isinstance(logits[0], Tensor) and logits[0].dim() == 4:
+        size = tuple(labels.shape[1:])
+
+    soft: dict[str, Any] = {
+        "temperature": temperature,
+        "renormalize": renormalize,
+        "target": target,
+        "detach_teacher": detach_teacher,
+    }
+    shared: dict[str, Any] = {
+        "size": size,
+        "align_corners": align_corners,
+        "pixel_weight": pixel_weight,
+        "reduction": reduction,
+        "backend": backend,
+    }
+    # One row of weights for the labels, one for each teacher that takes part.
+    rows = [[0.0] * n if mea_weight is None else [mea_weight * seg_weight * w for w in exit_weights]]
+    teachers = []
+    if sr_f_weight is not None and features is None:
+        teachers.append(0)
+        rows.append([0.0] + [float(sr_f_weight)] * (n - 1))
+    if sr_l_weight is not None:
+        teachers.append(n - 1)
+        rows.append([float(sr_l_weight)] * (n - 1) + [0.0])
+    total, losses = _losses(
+        logits,
+        None if mea_weight is None else labels,
+        name="logits",
+        weights=[w for row in rows for w in row],
+        teachers=teachers,
+        ignore_index=ignore_index,
+        class_weight=None if mea_weight is None else class_weight,
+        label_smoothing=0.0 if mea_weight is None else label_smoothing,
+        **soft,
+        **shared,
+    )
+    zero = losses.new_zeros(())
+    mea = seg_weight * _weighted(losses[0], exit_weights) if mea_weight is not None else zero
+    sr_l = losses[-1].sum(0) if sr_l_weight is not None else zero
+    sr_f = losses[1].sum(0) if sr_f_weight is not None else zero
+    if sr_f_weight is not None and features is not None:
+        sr_f = sr_f_loss(features, **soft, **shared)
+        if sr_f_weight:
+            total = total + sr_f_weight * sr_f
+    if mea_weight is not None and image_logits is not None:
+        _count(image_logits, "image_logits")
+        if presence is None:
+            presence = presence_vector(labels, image_logits[0].shape[-1], ignore_index=ignore_index)
+        image_mea = cls_weight * presence_loss(image_logits, presence)
+        mea = mea + image_mea
+        if mea_weight:
+            total = total + mea_weight * image_mea
+    return SelfRegulationOutput(total, mea, sr_f, sr_l)
+
+
+def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
+    r"""MEA, image-level part: every exit predicts which classes occur in the image.
+
+    .. math:: \sum_i BCE(\mathrm{sigmoid}(image\_logits_i), presence)
+
+    Args:
+        image_logits: one (B, K) floating tensor for each exit, before the sigmoid.
+        presence: (B, K) 1 where the class occurs, else 0 (or probabilities), see :func:`presence_vector`.
+
+    Returns:
+        A scalar: the sum over exits of the mean over images and classes.
+
+    Raises:
+        TypeError, ValueError: not tensors, not floating, or shapes other than (B, K).
+
+    Source: Zhang et al., ICCV 2021, computed by `F.binary_cross_entropy_with_logits`.
+    """
+    _check_image_logits(image_logits, 1)
+    _require_tensor(presence, "presence")
+    if presence.shape != image_logits[0].shape:
+        raise ValueError(f"presence: expected shape {_shape(image_logits[0])}, got {_shape(presence)}")
+    return reference.presence_loss(image_logits, presence)
+
+
+def presence_distillation_loss(image_logits: Sequence[Tensor]) -> Tensor:
+    r"""The published code's SR-L: the deepest image-level prediction teaches the shallower ones.
+
+    .. math:: \sum_{k < N-1} BCE(\mathrm{sigmoid}(z_k), \mathrm{sigmoid}(z_{N-1})), \quad z_{N-1} \text{ detached}
+
+    Args:
+        image_logits: N >= 2 floating tensors (B, K), before the sigmoid, shallow to deep.
+
+    Returns:
+        A scalar: the sum over exits of the mean over images and classes.
+
+    Raises:
+        TypeError, ValueError: not tensors, not floating, fewer than two, or shapes other than (B, K).
+
+    Source: the published code of Zhang et al., ICCV 2021.
+    """
+    _check_image_logits(image_logits, 2)
+    return reference.presence_distillation_loss(image_logits)
+
+
+def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """Which classes occur in each image.
+
+    Args:
+        labels: (B, ...) uint8, int32 or int64 class indices.
+        num_classes: K.
+        ignore_index: label that does not count.
+
+    Returns:
+        (B, K) float32, 1 where the class occurs, else 0.
+
+    Raises:
+        TypeError, ValueError: labels are not (B, ...) integers, or `num_classes` is not a positive integer.
+        On a CPU, also a ValueError for a label outside [0, K) that is not ignored.
+    """
+    _check_label_dtype(labels)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        autograd.check_labels(labels, num_classes, ignore_index)
+    return reference.presence_vector(labels, num_classes, ignore_index=ignore_index)
+
+
+def _losses(
+    exits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    weights: list[float] | None,
+    name: str = "exits",
+    teachers: Sequence[int] = (),
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    mask_soft: bool = False,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The exit-loss matrix and its sum under `weights` (row by row, (T + 1) N numbers), from one launch."""
+    n = _count(exits, name)
+    _check_exits(exits, name)
+    first = exits[0]
+    _require_number(temperature, "temperature")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    _require_choice(target, "target", ("soft", "argmax"))
+    _require_choice(reduction, "reduction", ("mean", "sum", "none"))
+    _require_number(label_smoothing, "label_smoothing")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    teachers = _check_teachers(teachers, n)
+
+    spatial = _output_spatial(exits, labels, size, name)
+    if labels is not None:
+        _check_label_dtype(labels)
+        _check_map(labels, "labels", first, spatial)
+    elif mask_soft:
+        raise ValueError("mask_soft=True needs labels, got labels=None")
+    if pixel_weight is not None:
+        _require_tensor(pixel_weight, "pixel_weight", floating=True)
+        _check_map(pixel_weight, "pixel_weight", first, spatial)
+    if class_weight is not None:
+        _require_tensor(class_weight, "class_weight", floating=True)
+        _require_device(class_weight, "class_weight", first)
+        if class_weight.shape != (first.shape[1],):
+            raise ValueError(f"class_weight: expected shape ({first.shape[1]},), got {_shape(class_weight)}")
+
+    if choose(backend, first.device.type) == "reference":
+        if labels is not None and first.device.type == "cpu" and not torch.compiler.is_compiling():
+            autograd.check_labels(labels, first.shape[1], ignore_index)
+        losses = reference.exit_loss_matrix(
+            exits,
+            labels,
+            teachers=teachers,
+            temperature=temperature,
+            renormalize=renormalize,
+            target=target,
+            ignore_index=ignore_index,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            size=spatial,
+            align_corners=align_corners,
+            pixel_weight=pixel_weight,
+            mask_soft=mask_soft,
+            reduction=reduction,
+            detach_teacher=detach_teacher,
+        )
+        return _weighted(losses.flatten(0, 1), weights) if weights else losses.new_zeros(()), losses
+
+    for argument, t in (("pixel_weight", pixel_weight), ("class_weight", class_weight)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{argument}: the fused losses have no gradient for it; detach it, or use backend='reference'"
+            )
+
+    if first.dim() == 4:
+        exits = [
+            z
+            if z.shape[2:] == spatial
+            else F.interpolate(z, size=spatial, mode="bilinear", align_corners=align_corners)
+            for z in exits
+        ]
+    dtype = loss_dtype(first.dtype)
+    options = Options(
+        teachers=teachers,
+        temperature=float(temperature),
+        target="argmax" if target == "argmax" else "renormalized" if renormalize else "raw",
+        ignore_index=ignore_index,
+        label_smoothing=float(label_smoothing),
+        mask_soft=mask_soft,
+        detach_teacher=detach_teacher or target == "argmax",
+        reduction=reduction,
+    )
+    total, losses = autograd.exit_loss(
+        [_as_4d(z) for z in exits],
+        None if labels is None else _map_as_3d(labels),
+        None if class_weight is None else class_weight.to(dtype).contiguous(),
+        None if pixel_weight is None else _map_as_3d(pixel_weight.to(dtype)),
+        tuple(weights) if weights is not None and reduction != "none" else (),
+        options,
+    )
+    if reduction == "none":
+        losses = losses.reshape(*losses.shape[:3], *spatial)
+        total = _weighted(losses.flatten(0, 1), weights) if weights else total
+    return total, losses
+
+
+def _row_sum(exits: Sequence[Tensor], weights: list[float], labels: Tensor | None = None, **options: Any) -> Tensor:
+    return _losses(exits, labels, weights=weights, **options)[0]
+
+
+def _weighted(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """sum_i weights_i losses_i over the first dimension; an entry of weight 0 has no part in it, be it infinite."""
+    terms = [loss if w == 1 else w * loss for w, loss in zip(weights, losses.unbind(0), strict=True) if w != 0]
+    return torch.stack(terms).sum(0) if terms else torch.zeros_like(losses[0])
+
+
+def _as_4d(z: Tensor) -> Tensor:
+    """(B, C), (B, C, L) and (B, C, D, H, W) as (B, C, H, W)."""
+    if z.dim() == 5:
+        return z.flatten(2, 3)
+    return z if z.dim() == 4 else z[:, :, None] if z.dim() == 3 else z[:, :, None, None]
+
+
+def _map_as_3d(m: Tensor) -> Tensor:
+    """(B,), (B, L) and (B, D, H, W) as (B, H, W), contiguous."""
+    m = m.contiguous()
+    if m.dim() == 4:
+        return m.flatten(1, 2)
+    return m if m.dim() == 3 else m[:, None] if m.dim() == 2 else m[:, None, None]
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _count(exits: Sequence[Tensor], name: str, at_least: int = 1) -> int:
+    if not isinstance(exits, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(exits).__name__}")
+    if len(exits) < at_least:
+        raise ValueError(f"{name}: expected at least {at_least} exit{'s'[: at_least - 1]}, got {len(exits)}")
+    return len(exits)
+
+
+def _check_exits(exits: Sequence[Tensor], name: str) -> None:
+    for i, z in enumerate(exits):
+        _require_tensor(z, f"{name}[{i}]")
+    first = exits[0]
+    if first.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"{name}[0]: expected float32, float16, bfloat16 or float64, got {first.dtype}")
+    if not 2 <= first.dim() <= 5:
+        raise ValueError(f"{name}[0]: expected 2 to 5 dimensions (B, C, ...), got shape {_shape(first)}")
+    if first.shape[1] < 1:
+        raise ValueError(f"{name}[0]: expected at least one channel, got shape {_shape(first)}")
+    for i, z in enumerate(exits[1:], 1):
+        if z.dtype != first.dtype:
+            raise TypeError(f"{name}[{i}]: expected dtype {first.dtype} of {name}[0], got {z.dtype}")
+        _require_device(z, f"{name}[{i}]", first)
+        if z.dim() != first.dim() or z.shape[:2] != first.shape[:2]:
+            want = ", ".join(str(d) for d in first.shape[:2]) + ", *" * (first.dim() - 2)
+            raise ValueError(f"{name}[{i}]: expected shape ({want}) like {name}[0], got {_shape(z)}")
+        if first.dim() != 4 and z.shape != first.shape:
+            raise ValueError(
+                f"{name}[{i}]: expected shape {_shape(first)} of {name}[0] (only 4-d exits are resized), "
+                f"got {_shape(z)}"
+            )
+
+
+def _output_spatial(
+    exits: Sequence[Tensor], labels: Tensor | None, size: Sequence[int] | None, name: str
+) -> tuple[int, ...]:
+    """The spatial shape at which the losses are computed."""
+    first = exits[0]
+    if size is not None:
+        if not isinstance(size, (list, tuple)) or not all(isinstance(d, int) and d > 0 for d in size):
+            raise ValueError(f"size: expected a pair of positive integers (H, W), got {size!r}")
+        if len(size) != first.dim() - 2 or (first.dim() != 4 and tuple(size) != first.shape[2:]):
+            raise ValueError(f"size: {size!r} does not fit {name} of shape {_shape(first)}; only 4-d exits are resized")
+        return tuple(size)
+    if first.dim() != 4:
+        return tuple(first.shape[2:])
+    if labels is not None:
+        _require_tensor(labels, "labels")
+        if labels.dim() != 3:
+            raise ValueError(f"labels: expected shape (B, H, W), got {_shape(labels)}")
+        return tuple(labels.shape[1:])
+    largest = first
+    for z in exits:
+        largest = z if z.shape[2] * z.shape[3] > largest.shape[2] * largest.shape[3] else largest
+    return tuple(largest.shape[2:])
+
+
+def _check_label_dtype(labels: Tensor) -> None:
+    _require_tensor(labels, "labels")
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels: expected dtype uint8, int32 or int64, got {labels.dtype}")
+    if labels.dim() < 1:
+        raise ValueError("labels: expected shape (B, ...), got a scalar")
+
+
+def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) -> None:
+    _require_device(m, name, first)
+    if m.shape != (first.shape[0], *spatial):
+        raise ValueError(f"{name}: expected shape {(first.shape[0], *spatial)}, got {_shape(m)}")
+
+
+def _check_teachers(teachers: Sequence[int], n: int) -> tuple[int, ...]:
+    if not isinstance(teachers, (list, tuple)) or any(isinstance(t, bool) or not isinstance(t, int) for t in teachers):
+        raise TypeError(f"teachers: expected a sequence of exit indices, got {teachers!r}")
+    for t in teachers:
+        if not -n <= t < n:
+            raise ValueError(f"teachers: expected indices of the {n} exits, in [{-n}, {n}), got {t}")
+    counted = tuple(t % n for t in teachers)
+    if len(set(counted)) != len(counted):
+        raise ValueError(f"teachers: expected distinct exits, got {tuple(teachers)}")
+    return counted
+
+
+def _check_image_logits(image_logits: Sequence[Tensor], at_least: int) -> None:
+    _count(image_logits, "image_logits", at_least)
+    for i, z in enumerate(image_logits):
+        _require_tensor(z, f"image_logits[{i}]", floating=True)
+        if z.dim() != 2 or z.shape != image_logits[0].shape:
+            raise ValueError(f"image_logits[{i}]: expected one shape (B, K) for all exits, got {_shape(z)}")
+
+
+def _exit_weights(exit_weights: Sequence[float] | None, n: int) -> list[float]:
+    if exit_weights is None:
+        return [1.0] * n
+    if not isinstance(exit_weights, (list, tuple)):
+        raise TypeError(f"exit_weights: expected {n} numbers, got {type(exit_weights).__name__}")
+    if len(exit_weights) != n:
+        raise ValueError(f"exit_weights: expected one for each of the {n} exits, got {len(exit_weights)}")
+    for i, w in enumerate(exit_weights):
+        _require_number(w, f"exit_weights[{i}]")
+    return [float(w) for w in exit_weights]
+
+
+def _require_tensor(t: Tensor, name: str, floating: bool = False) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if floating and not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+
+
+def _require_device(t: Tensor, name: str, first: Tensor) -> None:
+    if t.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} of the exits, got {t.device}")
+
+
+def _require_number(x: float, name: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+
+
+def _require_choice(x: str, name: str, choices: tuple[str, ...]) -> None:
+    if x not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")

@@ -1,0 +1,103 @@
+"""The operator `selfreg_fast::exit_loss`: one launch for all losses, and all gradients when asked for.
+
+Schema and argument contract: `csrc/ops.cpp`. Here: its Python form, and its fake kernel for `torch.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import CPU_KERNELS
+
+TARGETS = {"raw": 0, "renormalized": 1, "argmax": 2}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+class Options(NamedTuple):
+    """What the launch computes; see :func:`selfreg_fast.exit_loss_matrix`."""
+
+    teachers: tuple[int, ...]
+    temperature: float
+    target: str
+    ignore_index: int
+    label_smoothing: float
+    mask_soft: bool
+    detach_teacher: bool
+    reduction: str
+
+
+def exit_loss(
+    exits: Sequence[Tensor],
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    grad_losses: Tensor | None,
+    weights: Sequence[float],
+    wanted: Sequence[int],
+    options: Options,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses, their weighted sum, and the gradients of the `wanted` exits.
+
+    Args:
+        exits: N tensors (B, C, H, W) of one size, any strides.
+        labels: (B, H, W) uint8, int32 or int64.
+        class_weight: (C,) in the losses' dtype.
+        pixel_weight: (B, H, W) in the losses' dtype.
+        grad_losses: gradient of the losses, of their shape and dtype, from which the exits' gradients follow.
+        weights: (T + 1) N numbers, used as `grad_losses` where that is None; empty: the total is 0.
+        wanted: indices of the exits whose gradients are to be written.
+        options: the rest.
+
+    Returns:
+        total (), losses (T + 1, N) or (T + 1, N, B, H, W), gradients of exits[i] for i in wanted.
+    """
+    result: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.selfreg_fast.exit_loss(
+        exits,
+        labels,
+        class_weight,
+        pixel_weight,
+        grad_losses,
+        weights,
+        wanted,
+        options.teachers,
+        options.temperature,
+        TARGETS[options.target],
+        options.ignore_index,
+        options.label_smoothing,
+        options.mask_soft,
+        options.detach_teacher,
+        REDUCTIONS[options.reduction],
+    )
+    return result
+
+
+def _fake_exit_loss(
+    exits: Sequence[Tensor],
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    grad_losses: Tensor | None,
+    weights: Sequence[float],
+    wanted: Sequence[int],
+    teachers: Sequence[int],
+    temperature: float,
+    target: int,
+    ignore_index: int,
+    label_smoothing: float,
+    mask_soft: bool,
+    detach_teacher: bool,
+    reduction: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    first = exits[0]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    maps = (first.shape[0], *first.shape[2:]) if reduction == REDUCTIONS["none"] else ()
+    losses = first.new_empty((len(teachers) + 1, len(exits), *maps), dtype=dtype)
+    return losses.new_empty(()), losses, [torch.empty_like(exits[i]) for i in wanted]
+
+
+if CPU_KERNELS:
+    torch.library.register_fake("selfreg_fast::exit_loss", _fake_exit_loss)

@@ -1,0 +1,352 @@
+"""The specification: every loss of the package in plain PyTorch, formula by formula.
+
+Read it beside Zhang et al., "Self-Regulation for Semantic Segmentation" (ICCV 2021, arXiv 2108.09702). The fused
+kernels compute exactly these functions; the tests compare them with these functions in float64.
+
+Notation. An *exit* z is a tensor (B, C, ...): a feature map or class logits; sigma is the softmax over its C channels
+at one pixel j; t is the teacher, s the student, y the label; tau the temperature; w_j the weight of pixel j (1 by
+default, 0 where it does not count) and M = sum_j w_j. Exits are ordered shallow (0) to deep (N-1).
+
+    soft, raw power     L(t->s) = -tau^2 / M  sum_j w_j sum_c  sigma(t_j)_c^(1/tau)  log sigma(s_j)_c^(1/tau)
+    soft, renormalised  L(t->s) = -tau^2 / M  sum_j w_j sum_c  softmax(t_j/tau)_c  log softmax(s_j/tau)_c
+    argmax              L(t->s) = -1 / M      sum_j w_j log sigma(s_j)[argmax_c t_jc]
+    labels              CE(s)   = F.cross_entropy(s, y), with its class weights, label smoothing and ignored labels
+
+Gradients, which the kernels write directly. At one pixel, with l = log sigma(s) and d l_c / d s_k = [c = k] - sigma_k,
+any target row q gives
+
+    d/ds_k ( -sum_c q_c l_c ) = (sum_c q_c) sigma(s)_k - q_k                                                        (1)
+
+so that every term is (1) with its own q, and the terms on one exit add up in q: one read of the exit, one write of its
+gradient. In particular, for a detached teacher,
+
+    raw power:     (tau/M) (P sigma(s) - p)    p = sigma(t)^(1/tau), P = sum_c p_c  (P <= C^(1 - 1/tau), not 1)
+    renormalised:  (tau/M) (softmax(s/tau) - softmax(t/tau))
+    argmax, label: (1/M) (sigma(s) - onehot)
+
+A teacher that is not detached also gets, since d p_c / d t_k = (p_c / tau) ([c = k] - sigma_k),
+
+    raw power:     -(1/M) (p_k l_k - sigma(t)_k sum_c p_c l_c)          l = log sigma(s)
+    renormalised:  -(tau/M) (q_k l_k - q_k sum_c q_c l_c)               q = softmax(t/tau), l = log softmax(s/tau)
+
+Half-precision exits are computed in float32, as the kernels do; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "SelfRegulationOutput",
+    "exit_loss_matrix",
+    "mea_loss",
+    "presence_distillation_loss",
+    "presence_loss",
+    "presence_vector",
+    "self_regulation_loss",
+    "sr_f_loss",
+    "sr_l_loss",
+]
+
+
+class SelfRegulationOutput(NamedTuple):
+    """What :func:`self_regulation_loss` returns: `total` and its unweighted parts, all differentiable."""
+
+    total: Tensor
+    mea: Tensor
+    sr_f: Tensor
+    sr_l: Tensor
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which exits of `dtype` are computed and losses returned: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, *, temperature: float, renormalize: bool, target: str
+) -> Tensor:
+    """L(t->s) at every pixel: exits (B, C, ...) to a map (B, ...)."""
+    if target == "argmax":
+        return F.cross_entropy(student, teacher.argmax(1), reduction="none")
+    if renormalize:
+        log_q, log_p = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    else:
+        log_q, log_p = F.log_softmax(student, 1) / temperature, F.log_softmax(teacher, 1) / temperature
+    p = log_p.exp()
+    return -(temperature**2) * (p * log_q.masked_fill(p == 0, 0)).sum(1)  # 0 log 0 = 0
+
+
+def exit_loss_matrix(
+    exits: Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    teachers: Sequence[int] = (),
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    mask_soft: bool = False,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+) -> Tensor:
+    """`losses[0, i]`: label loss of exit i; `losses[1 + r, i]`: loss of exit i taught by exit `teachers[r]`.
+
+    See :func:`selfreg_fast.exit_loss_matrix` for the arguments.
+    """
+    exits = _at_output_size(exits, labels, size, align_corners)
+    first = exits[0]
+    weight = torch.ones_like(first[:, 0]) if pixel_weight is None else pixel_weight.to(first.dtype)
+    zero = torch.zeros_like(weight)
+    soft_weight, rows = weight, []
+
+    if labels is None:
+        rows.append([_reduce(zero, zero, weight, reduction)] * len(exits))
+    else:
+        labels = labels.long()
+        valid = labels != ignore_index
+        label_weight = torch.where(valid, weight, zero)
+        soft_weight = label_weight if mask_soft else weight
+        if class_weight is not None:
+            class_weight = class_weight.to(first.dtype)
+            norm = label_weight * class_weight[torch.where(valid, labels, 0)]
+        else:
+            norm = label_weight
+        row = []
+        for z in exits:
+            ce = F.cross_entropy(
+                _where_counted(z, label_weight),
+                labels,
+                class_weight,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                reduction="none",
+            )
+            row.append(_reduce(ce, label_weight, norm, reduction))
+        rows.append(row)
+
+    counted = [_where_counted(z, soft_weight) for z in exits]
+    for t in teachers:
+        teacher = counted[t].detach() if detach_teacher else counted[t]
+        row = []
+        for i, student in enumerate(counted):
+            loss = zero
+            if i != t % len(exits):  # nobody teaches itself
+                loss = soft_cross_entropy(
+                    student, teacher, temperature=temperature, renormalize=renormalize, target=target
+                )
+            row.append(_reduce(loss, soft_weight, soft_weight, reduction))
+        rows.append(row)
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def sr_f_loss(
+    features: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+) -> Tensor:
+    """SR-F = sum_{i >= 1} L(exit 0 -> exit i): the shallowest exit teaches every deeper one its details."""
+    return exit_loss_matrix(
+        features,
+        teachers=(0,),
+        temperature=temperature,
+        renormalize=renormalize,
+        target=target,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
+    )[1].sum(0)
+
+
+def sr_l_loss(
+    logits: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+) -> Tensor:
+    """SR-L = sum_{k < N-1} L(exit N-1 -> exit k): the deepest exit teaches every shallower one its semantics."""
+    return exit_loss_matrix(
+        logits,
+        teachers=(len(logits) - 1,),
+        temperature=temperature,
+        renormalize=renormalize,
+        target=target,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
+    )[1].sum(0)
+
+
+def mea_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    exit_weights: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """MEA, segmentation part = sum_i exit_weights_i CE(exit i, labels): every exit learns from the labels."""
+    row = exit_loss_matrix(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        size=size,
+        align_corners=align_corners,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+    )[0]
+    weights = [1.0] * len(logits) if exit_weights is None else exit_weights
+    return sum((w * loss for w, loss in zip(weights, row, strict=True)), start=torch.zeros_like(row[0]))
+
+
+def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
+    """1 where a class occurs in an image, else 0: labels (B, ...) to float32 (B, num_classes)."""
+    flat = labels.flatten(1).long()
+    valid = flat != ignore_index
+    present = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device)
+    return present.scatter_(1, torch.where(valid, flat, num_classes), 1.0)[:, :num_classes]
+
+
+def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
+    """MEA, image-level part = sum_i BCE(sigmoid(image_logits_i), presence), each a mean over images and classes."""
+    losses = [F.binary_cross_entropy_with_logits(z, presence.to(z.dtype)) for z in image_logits]
+    return torch.stack(losses).sum()
+
+
+def presence_distillation_loss(image_logits: Sequence[Tensor]) -> Tensor:
+    """The published code's SR-L = sum_{k < N-1} BCE(sigmoid(image_logits_k), sigmoid(image_logits_{N-1}).detach())."""
+    return presence_loss(image_logits[:-1], image_logits[-1].detach().sigmoid())
+
+
+def self_regulation_loss(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    features: Sequence[Tensor] | None = None,
+    image_logits: Sequence[Tensor] | None = None,
+    presence: Tensor | None = None,
+    mea_weight: float | None = 1.0,
+    sr_f_weight: float | None = 1.0,
+    sr_l_weight: float | None = 1.0,
+    seg_weight: float = 0.8,
+    cls_weight: float = 0.2,
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    exit_weights: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+) -> SelfRegulationOutput:
+    """total = mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L, with MEA = seg_weight CE + cls_weight BCE.
+
+    A part whose weight is None is left out and returned as 0; a part of weight 0 is computed but does not count.
+    """
+    if size is None:
+        size = labels.shape[1:]
+    resize: dict[str, Any] = {
+        "size": size,
+        "align_corners": align_corners,
+        "pixel_weight": pixel_weight,
+        "reduction": reduction,
+    }
+    soft: dict[str, Any] = {
+        "temperature": temperature,
+        "renormalize": renormalize,
+        "target": target,
+        "detach_teacher": detach_teacher,
+    }
+    mea = sr_f = sr_l = torch.zeros((), dtype=loss_dtype(logits[0].dtype), device=logits[0].device)
+    if mea_weight is not None:
+        mea = seg_weight * mea_loss(
+            logits,
+            labels,
+            ignore_index=ignore_index,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            exit_weights=exit_weights,
+            **resize,
+        )
+        if image_logits is not None:
+            if presence is None:
+                presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
+            mea = mea + cls_weight * presence_loss(image_logits, presence)
+    if sr_f_weight is not None:
+        sr_f = sr_f_loss(logits if features is None else features, **soft, **resize)
+    if sr_l_weight is not None:
+        sr_l = sr_l_loss(logits, **soft, **resize)
+    total = (mea_weight or 0) * mea + (sr_f_weight or 0) * sr_f + (sr_l_weight or 0) * sr_l
+    return SelfRegulationOutput(total, mea, sr_f, sr_l)
+
+
+def _at_output_size(
+    exits: Sequence[Tensor], labels: Tensor | None, size: Sequence[int] | None, align_corners: bool
+) -> list[Tensor]:
+    """The exits in at least float32, resized to `size`, else the labels' size, else the largest exit's."""
+    exits = [z.to(loss_dtype(z.dtype)) for z in exits]
+    if exits[0].dim() != 4:
+        return exits
+    if size is None:
+        size = labels.shape[1:] if labels is not None else max((z.shape[2:] for z in exits), key=lambda s: s.numel())
+    return [
+        z
+        if z.shape[2:] == torch.Size(size)
+        else F.interpolate(z, size=tuple(size), mode="bilinear", align_corners=align_corners)
+        for z in exits
+    ]
+
+
+def _where_counted(z: Tensor, weight: Tensor) -> Tensor:
+    """Zeros at pixels of weight 0: a NaN there must reach neither the loss nor any gradient."""
+    return z.masked_fill((weight == 0).unsqueeze(1), 0)
+
+
+def _reduce(loss: Tensor, weight: Tensor, norm: Tensor, reduction: str) -> Tensor:
+    """The weighted map, its sum, or its sum over that of `norm`; 0 where nothing counts."""
+    loss = loss * weight
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    divisor = norm.sum()
+    return torch.where(divisor == 0, 0.0 * total, total / torch.where(divisor == 0, 1, divisor))
