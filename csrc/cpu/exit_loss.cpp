@@ -1,0 +1,869 @@
+// The exit-loss matrix on the CPU. Compiled once for each instruction set (SELFREG_ISA names it); everything but the
+// entry point is in an anonymous namespace, and no inline function of another header that a linker might share is used.
+//
+// A tile is a block of consecutive pixels with all channels, channel rows contiguous, so that a vector holds pixels and
+// no reduction over channels crosses lanes. Per tile:
+//   phase 1  each teacher: read, maximum, exponentials; they stay in scratch as its unnormalised target row
+//   phase 2  each exit: read, maximum, exponentials with the sums of all its losses, then its gradient row by row
+// Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in launch.cpp.
+#include "cpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "vec.h"  // before pixel_math.h, whose templates call its exp2_of and log2
+
+#include "../pixel_math.h"
+
+namespace {
+
+using namespace selfreg;
+
+// ---- storage types ---------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+SELFREG_ALWAYS float from_bits(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+SELFREG_ALWAYS uint32_t to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+SELFREG_ALWAYS void convert(float& to, float from) { to = from; }
+SELFREG_ALWAYS void convert(double& to, double from) { to = from; }
+SELFREG_ALWAYS void convert(float& to, BFloat from) { to = from_bits(uint32_t(from.bits) << 16); }
+SELFREG_ALWAYS void convert(BFloat& to, float from) {
+  uint32_t u = to_bits(from);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;  // to nearest even
+  to.bits = uint16_t(from == from ? rounded : 0x7fc0);
+}
+// Exponents by a multiplication with 2^112, which also makes subnormals right; infinity and NaN keep theirs.
+SELFREG_ALWAYS void convert(float& to, Half from) {
+  uint32_t magnitude = from.bits & 0x7fffu;
+  uint32_t u = to_bits(from_bits(magnitude << 13) * 0x1p112f);
+  u |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  to = from_bits(u | uint32_t(from.bits & 0x8000u) << 16);
+}
+// Subnormal results are rounded by adding 1/2, the others in integers; to nearest even.
+SELFREG_ALWAYS void convert(Half& to, float from) {
+  uint32_t u = to_bits(from), magnitude = u & 0x7fffffffu;
+  uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t h = magnitude < 0x38800000u ? small : normal;
+  h = magnitude >= 0x47800000u ? 0x7c00u : h;
+  h = magnitude > 0x7f800000u ? 0x7e00u : h;
+  to.bits = uint16_t(h | (u >> 16 & 0x8000u));
+}
+
+// ---- pixels in memory ------------------------------------------------------------------------------------------
+
+// Pixels of a view come in runs of `length` at a fixed `step`: the whole batch, an image, or a row of it.
+struct Runs {
+  int64_t length, step;
+};
+
+Runs runs_of(const View& v, const ExitLoss& launch) {
+  Runs r{1, 1};
+  const int64_t sizes[] = {launch.W, launch.H, launch.B}, strides[] = {v.stride_w, v.stride_h, v.stride_b};
+  for (int d = 0; d < 3; ++d) {
+    if (sizes[d] == 1) continue;
+    if (r.length == 1) {
+      r = {sizes[d], strides[d]};
+    } else if (strides[d] == r.length * r.step) {
+      r.length *= sizes[d];
+    } else {
+      break;
+    }
+  }
+  return r;
+}
+
+// Calls f(offset in elements, first pixel within the tile, number of pixels) for each run in pixels [begin, begin + n).
+template <class F>
+SELFREG_ALWAYS void for_runs(const View& v, const Runs& runs, const ExitLoss& launch, int64_t begin, int64_t n, F f) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t pixel = begin + i, left = runs.length - pixel % runs.length;
+    const int64_t count = left < n - i ? left : n - i;
+    const int64_t row = pixel / launch.W;
+    f(row / launch.H * v.stride_b + row % launch.H * v.stride_h + pixel % launch.W * v.stride_w, i, count);
+    i += count;
+  }
+}
+
+int small_integer(double tau) { return tau == 1 ? 1 : tau == 2 ? 2 : tau == 3 ? 3 : tau == 4 ? 4 : 0; }
+
+// ---- one thread's work -----------------------------------------------------------------------------------------
+
+// Rows of the tile are `ld` apart: a line more than a multiple of the vector, so that rows do not share cache sets.
+template <class A>
+class Worker {
+  using V = typename VecOf<A>::V;
+  using Int = typename VecOf<A>::Int;
+  using VInt = typename VecOf<A>::VInt;
+  static constexpr int kLanes = sizeof(V) / sizeof(A);
+  static constexpr int kBlock = 4;  // channels whose sums stay in registers together
+
+ public:
+  Worker(const ExitLoss& launch, const Plan& plan)
+      : L(launch), plan(plan), C(int(launch.C)), N(launch.N), T(launch.T), tau(A(launch.temperature)) {
+    soft_two = L.target == Target::renormalized;
+    gradient = L.grad_losses || L.weights;
+    ld = plan.tile_pixels + 64 / int64_t(sizeof(A));
+    teacher_learns = gradient && !L.detach_teacher;
+    const int64_t tile = C * ld, per_teacher = tile * (teacher_learns ? 2 : 1) + 9 * ld;
+    const int64_t numbers = tile * (T && soft_two ? 2 : 1) + T * per_teacher + 16 * ld;
+    memory = static_cast<A*>(aligned_alloc(64, (numbers * sizeof(A) + T * sizeof(Teacher) + 127) / 64 * 64));
+    A* p = memory;
+    auto take = [&](int64_t n) { return (p += n) - n; };
+    z = take(tile);
+    z2 = T && soft_two ? take(tile) : nullptr;
+    for (A** row : {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out,
+                    &f1, &f2})
+      *row = take(ld);
+    label = reinterpret_cast<Int*>(take(ld));
+    take(ld);  // spare line behind the integers
+    teachers = reinterpret_cast<Teacher*>(p + T * per_teacher);
+    for (int r = 0; r < T; ++r) {
+      Teacher& t = teachers[r];
+      t.u = take(tile);
+      t.a = teacher_learns ? take(tile) : nullptr;
+      for (A** row : {&t.factor, &t.P, &t.dot, &t.k, &t.y, &t.kl, &t.S, &t.scaled}) *row = take(ld);
+      t.arg = reinterpret_cast<Int*>(take(ld));
+    }
+    class_w_sum = 0;
+    for (int c = 0; c < C; ++c) class_w_sum += class_weight(c);
+    smoothing = A(L.label_smoothing / C);
+    for (int64_t i = 0; i < ld; ++i) hot[i] = A(1 - L.label_smoothing);
+  }
+  Worker(const Worker&) = delete;
+  ~Worker() { free(memory); }
+
+  void run(int64_t tile, double* partial) {
+    begin = tile * plan.tile_pixels;
+    n = plan.pixels - begin < plan.tile_pixels ? plan.pixels - begin : plan.tile_pixels;
+    width = (n + kLanes - 1) / kLanes * kLanes;
+    pixel_weights();
+    for (int r = 0; r < T; ++r) {
+      expect(L.exits[r + 1 < T ? L.teachers[r + 1] : 0]);
+      teach(r);
+    }
+    for (int e = 0; e < N; ++e) {
+      expect(L.exits[e + 1 < N ? e + 1 : e]);
+      student(e, partial, !(teacher_learns && taught_row(e) >= 0));
+    }
+    if (teacher_learns)  // their gradient also needs what all their students said
+      for (int r = 0; r < T; ++r)
+        if (L.grads[L.teachers[r]].data) student(L.teachers[r], nullptr, true);
+    stream_fence();
+  }
+
+ private:
+  struct Teacher {
+    A* u;       // [C] unnormalised target rows
+    A* a;       // [C] sum over students of gradient * log-probability, where the teacher learns
+    A *factor;  // target = factor * u
+    A *P;       // sum of the target
+    A *dot;     // with the student at hand: sum_c u_c y_c
+    A *k;       // gradient of that loss at each pixel
+    A *y;       // the student's y at this teacher's argmax
+    A *kl;      // sum over students of gradient * log normaliser, where the teacher learns
+    A *S;       // sum_c target_c a_c, where the teacher learns
+    A *scaled;  // what multiplies u in the student's gradient
+    Int* arg;   // argmax
+    bool on;    // teaches the student at hand
+  };
+
+  struct Ahead {  // what is read next, see expect()
+    const char* data;
+    int64_t channel, pixel;  // strides in bytes
+    SELFREG_ALWAYS void prefetch(int c, int64_t i) const { __builtin_prefetch(data + c * channel + i * pixel, 0, 2); }
+  };
+
+  const ExitLoss& L;
+  const Plan& plan;
+  const int C, N, T;
+  const A tau;
+  bool soft_two, gradient, teacher_learns;
+  A class_w_sum, smoothing;
+  int64_t ld, begin, n, width;
+  Ahead ahead;
+  bool uncounted;  // there are pixels in the tile (or beyond its end) that do not count
+  A *memory, *z, *z2;
+  A *max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1, *f2;
+  Int* label;
+  Teacher* teachers;
+
+  A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
+  A* row(A* tile, int c) const { return tile + c * ld; }
+  int taught_row(int e) const {
+    for (int r = 0; r < T; ++r)
+      if (L.teachers[r] == e) return r;
+    return -1;
+  }
+  int64_t entry(int r, int e) const { return int64_t(r) * N + e; }
+
+  // Loops copy members into locals first: the compiler must assume that a store changes a member, never a local.
+  template <class F>
+  SELFREG_ALWAYS void over_pixels(F f) const {
+    for (int64_t i = 0, end = width; i < end; i += kLanes) f(i);
+  }
+
+  // The weight of every pixel in label and soft losses, and its label. Past the last pixel: weight 0, label 0.
+  void pixel_weights() {
+    const A* const weight = L.pixel_weight ? static_cast<const A*>(L.pixel_weight) + begin : nullptr;
+    for (int64_t i = 0; i < n; ++i) soft_w[i] = weight ? weight[i] : A(1);
+    for (int64_t i = n; i < width; ++i) soft_w[i] = label_w[i] = 0, label[i] = 0;
+    if (L.labels) {
+      switch (L.label_type) {
+        case LabelType::uint8: read_labels(static_cast<const uint8_t*>(L.labels) + begin); break;
+        case LabelType::int32: read_labels(static_cast<const int32_t*>(L.labels) + begin); break;
+        case LabelType::int64: read_labels(static_cast<const int64_t*>(L.labels) + begin); break;
+      }
+      if (L.mask_soft) memcpy(soft_w, label_w, n * sizeof(A));
+    }
+    const A* const counted = counted_weight();
+    int zeros = n < width;
+#pragma omp simd reduction(| : zeros)
+    for (int64_t i = 0; i < n; ++i) zeros |= counted[i] == 0;
+    uncounted = zeros;
+  }
+  template <class Label>
+  void read_labels(const Label* labels) {
+    const Label ignore = Label(L.ignore_index);
+    const bool any_ignored = int64_t(ignore) == L.ignore_index;  // else no Label equals it
+    const A* const weight = soft_w;
+    A* const to = label_w;
+    Int* const y = label;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool valid = !(any_ignored & (labels[i] == ignore));
+      y[i] = valid ? Int(labels[i]) : 0;
+      to[i] = valid ? weight[i] : A(0);
+    }
+    if (L.class_weight)
+      for (int64_t i = 0; i < width; ++i) hot[i] = class_weight(int(y[i])) * A(1 - L.label_smoothing);
+  }
+  // A pixel that counts for the labels counts for soft losses, if there are any.
+  const A* counted_weight() const { return T ? soft_w : label_w; }
+
+  // ---- reading and writing a tile ----
+
+  // The tile that is read next comes into the L2 cache while the exponentials of this one are computed: memory and
+  // arithmetic, one after the other, would take the sum of their times. Where its pixels are not one run it is not
+  // worth the trouble; then the prefetches fall on this worker's own scratch.
+  void expect(const View& v) {
+    ahead = {reinterpret_cast<const char*>(z), 0, 0};
+    const Runs runs = runs_of(v, L);
+    if (runs.step != 1 || runs.length - begin % runs.length < n) return;
+    const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
+    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t, int64_t) {
+      ahead = {static_cast<const char*>(v.data) + offset * bytes, v.stride_c * bytes, bytes};
+    });
+  }
+
+  template <class S>
+  void read_as(const View& v, A* to, int c0, int c1) {
+    const S* data = static_cast<const S*>(v.data);
+    const Runs runs = runs_of(v, L);
+    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+      if (runs.step == 1) {
+        for (int c = c0; c < c1; ++c) {
+          A* dst = row(to, c) + first;
+          const S* src = data + offset + c * v.stride_c;
+#pragma omp simd
+          for (int64_t i = 0; i < count; ++i) convert(dst[i], src[i]);
+        }
+        return;
+      }
+      // Channels are close together: few pixels at a time, so that a cache line is read once.
+      for (int64_t i0 = 0; i0 < count; i0 += kLanes)
+        for (int c = c0; c < c1; ++c) {
+          A* dst = row(to, c) + first;
+          const S* src = data + offset + c * v.stride_c;
+          for (int64_t i = i0; i < count && i < i0 + kLanes; ++i) convert(dst[i], src[i * runs.step]);
+        }
+    });
+  }
+  void read(const View& v, A* to, int c0, int c1) {
+    if constexpr (sizeof(A) == 8) {
+      read_as<double>(v, to, c0, c1);
+    } else {
+      switch (L.dtype) {
+        case DType::float32: read_as<float>(v, to, c0, c1); break;
+        case DType::float16: read_as<Half>(v, to, c0, c1); break;
+        default: read_as<BFloat>(v, to, c0, c1);
+      }
+    }
+    if (width > n)
+      for (int c = c0; c < c1; ++c)
+        for (int64_t i = n; i < width; ++i) row(to, c)[i] = 0;
+  }
+  // Reads, clears pixels that do not count (a NaN there reaches nothing), finds the maximum over channels.
+  void read_with_max(const View& v, A* to) {
+    const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
+    A* const m = max;
+    over_pixels([&](int64_t i) { store(m + i, lowest); });
+    const bool row_by_row = runs_of(v, L).step == 1;
+    if (!row_by_row) read(v, to, 0, C);
+    for (int c0 = 0; c0 < C; c0 += kBlock) {
+      const int c1 = c0 + kBlock < C ? c0 + kBlock : C;
+      if (row_by_row) read(v, to, c0, c1);
+      if (uncounted) clear_uncounted(to, c0, c1);
+      A* const x = row(to, c0);
+      const int64_t stride = ld;
+      if (c1 - c0 == kBlock) {
+        over_pixels([&](int64_t i) {
+          const V x01 = larger(load<V>(x + i), load<V>(x + stride + i));
+          const V x23 = larger(load<V>(x + 2 * stride + i), load<V>(x + 3 * stride + i));
+          store(m + i, larger(larger(x01, x23), load<V>(m + i)));
+        });
+      } else {
+        for (int c = 0; c < c1 - c0; ++c)
+          over_pixels([&](int64_t i) { store(m + i, larger(load<V>(x + c * stride + i), load<V>(m + i))); });
+      }
+    }
+  }
+  void clear_uncounted(A* to, int c0, int c1) {
+    const A* const weight = counted_weight();
+    for (int c = c0; c < c1; ++c) {
+      A* const x = row(to, c);
+      over_pixels([&](int64_t i) { store(x + i, load<V>(weight + i) == A(0) ? V{} : load<V>(x + i)); });
+    }
+  }
+
+  template <class S>
+  void write_as(const View& v, int c0, int c1) {
+    S* data = static_cast<S*>(v.data);
+    const Runs runs = runs_of(v, L);
+    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+      for (int c = c0; c < c1; ++c) {
+        const A* src = row(z, c) + first;
+        S* dst = data + offset + c * v.stride_c;
+        if (runs.step != 1) {
+          for (int64_t i = 0; i < count; ++i) convert(dst[i * runs.step], src[i]);
+          continue;
+        }
+        int64_t i = 0;
+        if constexpr (sizeof(S) == sizeof(A)) {
+          if (plan.stream) {
+            while (i < count && reinterpret_cast<uintptr_t>(dst + i) % 64) dst[i] = src[i], ++i;
+            for (; i + 64 / int(sizeof(A)) <= count; i += 64 / sizeof(A))
+              for (int k = 0; k < 64 / kVecBytes; ++k) stream(dst + i + k * kLanes, src + i + k * kLanes);
+          }
+        }
+#pragma omp simd
+        for (int64_t j = i; j < count; ++j) convert(dst[j], src[j]);
+      }
+    });
+  }
+  // Writes channels [c0, c1) of the gradient, which stand in z.
+  void write(const View& v, int c0, int c1) {
+    if constexpr (sizeof(A) == 8) {
+      write_as<double>(v, c0, c1);
+    } else {
+      switch (L.dtype) {
+        case DType::float32: write_as<float>(v, c0, c1); break;
+        case DType::float16: write_as<Half>(v, c0, c1); break;
+        default: write_as<BFloat>(v, c0, c1);
+      }
+    }
+  }
+
+  // ---- phase 1 ----
+
+  void teach(int r) {
+    Teacher& t = teachers[r];
+    read_with_max(L.exits[L.teachers[r]], t.u);
+    if (L.target == Target::argmax) {
+      argmax(t);
+    } else {
+      switch (soft_two ? 1 : small_integer(tau)) {
+        case 1: target_row<1>(t); break;
+        case 2: target_row<2>(t); break;
+        case 3: target_row<3>(t); break;
+        case 4: target_row<4>(t); break;
+        default: target_row<0>(t);
+      }
+    }
+    if (teacher_learns) {
+      memset(t.a, 0, C * ld * sizeof(A));
+      memset(t.kl, 0, ld * sizeof(A));
+    }
+  }
+
+  // First of the largest, as torch.argmax; NaN counts as the largest.
+  void argmax(Teacher& t) {
+    over_pixels([&](int64_t i) {
+      V best = load<V>(t.u + i);
+      VInt arg{};
+      for (int c = 1; c < C; ++c) {
+        V v = load<V>(row(t.u, c) + i);
+        VInt better = (v > best) | ((v != v) & (best == best));
+        best = better ? v : best;
+        arg = better ? VInt{} + Int(c) : arg;
+      }
+      store(t.arg + i, arg);
+    });
+  }
+
+  // POWER: exp(y) = u^POWER, so that Z needs no exponential of its own; 0: it does. 1 also stands for the renormalised
+  // target, whose normaliser is sum u.
+  template <int POWER>
+  void target_row(Teacher& t) {
+    A *const q = sum, *const z_one = sum2;
+    over_pixels([&](int64_t i) {
+      store(q + i, V{});
+      store(z_one + i, V{});
+    });
+    int c = 0;
+    for (; c + kBlock <= C; c += kBlock) target_block<POWER, kBlock>(t, c);
+    for (; c < C; ++c) target_block<POWER, 1>(t, c);
+    over_pixels([&](int64_t i) {
+      const V Q = load<V>(q + i), Z = load<V>(z_one + i);
+      const V factor = POWER == 1 ? A(1) / Q : raw_target_factor(Z, tau);
+      store(t.factor + i, factor);
+      store(t.P + i, POWER == 1 ? fill<V>(A(1)) : Q * factor);
+    });
+  }
+  template <int POWER, int CB>
+  void target_block(Teacher& t, int c0) {
+    const A rate = A(kLog2e / double(tau)), rate_one = A(kLog2e);
+    const int64_t stride = ld;
+    const Ahead next = ahead;
+    A *const x = row(t.u, c0), *const m = max, *const q = sum, *const z_one = sum2;
+    over_pixels([&](int64_t i) {
+      V Q = load<V>(q + i), Z = load<V>(z_one + i);
+      for (int k = 0; k < CB; ++k) {
+        next.prefetch(c0 + k, i);
+        const V y = load<V>(x + k * stride + i) - load<V>(m + i), u = exp2_of(y, rate);
+        store(x + k * stride + i, u);
+        Q += u;
+        if constexpr (POWER > 1) Z += power<POWER>(u);
+        if constexpr (POWER == 0) Z += exp2_of(y, rate_one);
+      }
+      store(q + i, Q);
+      store(z_one + i, Z);
+    });
+  }
+
+  // ---- phase 2 ----
+
+  void student(int e, double* partial, bool with_gradient) {
+    const int self = taught_row(e);
+    const bool wanted = gradient && L.grads[e].data;
+    bool soft = false;
+    for (int r = 0; r < T; ++r) soft |= teachers[r].on = r != self;
+    const bool learning_teacher = teacher_learns && self >= 0 && wanted && !partial;
+    const bool one = L.labels || (soft && !soft_two) || (learning_teacher && !soft_two), two = soft && soft_two;
+    if (!one && !two && !learning_teacher) {
+      if (partial) zero_losses(e, partial);
+      if (wanted && with_gradient) write_zeros(e);
+      return;
+    }
+    read_with_max(L.exits[e], z);
+    pick();
+    gradient_of_losses(e);
+    over_pixels([&](int64_t i) {
+      store(sum + i, V{});
+      store(sum2 + i, V{});
+      store(smooth_dot + i, V{});
+      for (int r = 0; r < T; ++r) store(teachers[r].dot + i, V{});
+    });
+    const bool say = teacher_learns && partial;
+    const int power = self >= 0 && L.target == Target::raw ? small_integer(tau) : 0;
+    if (one && two) {
+      exponentials<true, true>(say);
+    } else if (two) {
+      exponentials<false, true>(say);
+    } else {
+      switch (power) {
+        case 1: exponentials<true, false, 1>(say, self); break;
+        case 2: exponentials<true, false, 2>(say, self); break;
+        case 3: exponentials<true, false, 3>(say, self); break;
+        case 4: exponentials<true, false, 4>(say, self); break;
+        default: exponentials<true, false>(say);
+      }
+    }
+    if (say) add_log_normalizers();
+    if (partial) losses(e, partial);
+    if (!wanted || !with_gradient) return;
+    if (learning_teacher) teacher_sum(teachers[self]);
+    if (one && two) {
+      write_gradient<true, true>(e, soft, learning_teacher ? &teachers[self] : nullptr);
+    } else if (two) {
+      write_gradient<false, true>(e, soft, learning_teacher ? &teachers[self] : nullptr);
+    } else {
+      write_gradient<true, false>(e, soft, learning_teacher ? &teachers[self] : nullptr);
+    }
+  }
+
+  // The logits at the label and at the teachers' argmax, less the maximum.
+  void pick() {
+    if (L.labels)
+      for (int64_t i = 0; i < width; ++i) label_y[i] = row(z, int(label[i]))[i] - max[i];
+    if (L.target == Target::argmax)
+      for (int r = 0; r < T; ++r)
+        for (int64_t i = 0; i < width; ++i) teachers[r].y[i] = row(z, int(teachers[r].arg[i]))[i] - max[i];
+  }
+
+  // The gradient of every loss of exit e at every pixel: its gradient as given x the mean's divisor x the pixel weight.
+  void gradient_of_losses(int e) {
+    if (!gradient) return;
+    auto fill_row = [&](int r, A* k, const A* weight, A norm) {
+      if (L.grad_losses && L.reduction == Reduction::none) {
+        const A* map = static_cast<const A*>(L.grad_losses) + entry(r, e) * plan.pixels + begin;
+        for (int64_t i = 0; i < width; ++i) k[i] = weight[i] == 0 ? A(0) : map[i] * weight[i];
+      } else {
+        const A g = L.grad_losses ? static_cast<const A*>(L.grad_losses)[entry(r, e)] : A(L.weights[entry(r, e)]);
+        over_pixels([&](int64_t i) { store(k + i, load<V>(weight + i) * (g * norm)); });
+      }
+    };
+    if (L.labels) fill_row(0, label_k, label_w, A(plan.norm[0]));
+    for (int r = 0; r < T; ++r)
+      if (teachers[r].on) fill_row(r + 1, teachers[r].k, soft_w, A(plan.norm[1]));
+  }
+
+  // Exponentials of exit z in place (ONE: exp(y)) and into z2 (TWO: exp(y / tau)), their sums, and the dot products of
+  // the target rows with y. `say`: also tell each learning teacher gradient * y. POWER > 0: exit z is teacher `self`,
+  // whose u^POWER are the exponentials.
+  template <bool ONE, bool TWO, int POWER = 0>
+  void exponentials(bool say, int self = 0) {
+    int c = 0;
+    for (; c + kBlock <= C; c += kBlock) exponential_block<ONE, TWO, POWER, kBlock>(c, say, self);
+    for (; c < C; ++c) exponential_block<ONE, TWO, POWER, 1>(c, say, self);
+  }
+  template <bool ONE, bool TWO, int POWER, int CB>
+  void exponential_block(int c0, bool say, int self) {
+    const A rate = A(kLog2e), rate2 = A(kLog2e / double(tau));
+    const int64_t stride = ld;
+    const Ahead next = ahead;
+    const A* const own = POWER ? row(teachers[self].u, c0) : nullptr;
+    A *const x = row(z, c0), *const x2 = TWO ? row(z2, c0) : nullptr, *const m = max, *const s1 = sum, *const s2 = sum2;
+    const bool smooth_dots = L.labels && smoothing != 0;
+    const int count = L.target == Target::argmax ? 0 : T;
+    const Teacher* const all = teachers;
+    over_pixels([&](int64_t i) {
+      V y[CB];
+      for (int k = 0; k < CB; ++k) {
+        next.prefetch(c0 + k, i);
+        y[k] = load<V>(x + k * stride + i) - load<V>(m + i);
+      }
+      if constexpr (ONE) {
+        V s = load<V>(s1 + i);
+        for (int k = 0; k < CB; ++k) {
+          V u;
+          if constexpr (POWER > 0) {
+            u = power<POWER>(load<V>(own + k * stride + i));
+          } else {
+            u = exp2_of(y[k], rate);
+          }
+          store(x + k * stride + i, u);
+          s += u;
+        }
+        store(s1 + i, s);
+      }
+      if constexpr (TWO) {
+        V s = load<V>(s2 + i);
+        for (int k = 0; k < CB; ++k) {
+          const V u = exp2_of(y[k], rate2);
+          store(x2 + k * stride + i, u);
+          s += u;
+        }
+        store(s2 + i, s);
+      }
+      for (int r = 0; r < count; ++r) {
+        if (!all[r].on) continue;
+        A* const dots = all[r].dot + i;
+        const A* const u = all[r].u + c0 * stride + i;
+        V dot = load<V>(dots);
+        for (int k = 0; k < CB; ++k) {
+          const V target = load<V>(u + k * stride);
+          dot += target == A(0) ? V{} : target * y[k];  // 0 log 0 = 0
+        }
+        store(dots, dot);
+      }
+      if (say) tell_teachers<CB>(c0, i, y);
+      if (smooth_dots) {
+        V dot = load<V>(smooth_dot + i);
+        for (int k = 0; k < CB; ++k)
+          if (class_weight(c0 + k) != 0) dot += y[k] * class_weight(c0 + k);
+        store(smooth_dot + i, dot);
+      }
+    });
+  }
+  // To each teacher that learns: gradient * y of this student.
+  template <int CB>
+  void tell_teachers(int c0, int64_t i, const V (&y)[CB]) {
+    for (int r = 0; r < T; ++r) {
+      const Teacher& t = teachers[r];
+      if (!t.on) continue;
+      const V g = load<V>(t.k + i);
+      for (int k = 0; k < CB; ++k) {
+        A* a = row(t.a, c0 + k) + i;
+        store(a, load<V>(a) + (g == A(0) ? V{} : g * y[k]));
+      }
+    }
+  }
+  void add_log_normalizers() {
+    const A scale = soft_two ? tau : A(1);
+    const A* normalizer = soft_two ? sum2 : sum;
+    for (int r = 0; r < T; ++r)
+      if (teachers[r].on)
+        over_pixels([&](int64_t i) {
+          const V log_normalizer = log2(load<V>(normalizer + i)) * (A(kLn2) * scale);
+          store(teachers[r].kl + i, load<V>(teachers[r].kl + i) + load<V>(teachers[r].k + i) * log_normalizer);
+        });
+  }
+
+  // ---- losses of one exit ----
+
+  void losses(int e, double* partial) {
+    auto logarithm_of = [&](const A* z_sum) {
+      over_pixels([&](int64_t i) { store(log_z + i, log2(load<V>(z_sum + i)) * A(kLn2)); });
+    };
+    if (L.labels || !soft_two) logarithm_of(sum);
+    if (L.labels) {
+      put(0, e, label_w, partial, [&](int64_t i) {
+        return label_loss(load<V>(hot + i), load<V>(label_y + i), load<V>(log_z + i), smoothing, class_w_sum,
+                          load<V>(smooth_dot + i));
+      });
+    } else {
+      put_zeros(0, e, partial);
+    }
+    if (soft_two) logarithm_of(sum2);
+    const A z_scale = soft_two ? tau * tau : tau;
+    for (int r = 0; r < T; ++r) {
+      const Teacher& t = teachers[r];
+      if (!t.on) {
+        put_zeros(r + 1, e, partial);
+      } else if (L.target == Target::argmax) {
+        put(r + 1, e, soft_w, partial, [&](int64_t i) { return load<V>(log_z + i) - load<V>(t.y + i); });
+      } else {
+        put(r + 1, e, soft_w, partial, [&](int64_t i) {
+          const V dot = load<V>(t.dot + i) * load<V>(t.factor + i);
+          return soft_loss(load<V>(t.P + i), dot, load<V>(log_z + i), z_scale, tau);
+        });
+      }
+    }
+  }
+  // The weighted map of a loss to its entry of the matrix.
+  template <class F>
+  void put(int r, int e, const A* weight, double* partial, F loss) {
+    using Sums = typename VecOf<A>::Sums;
+    Sums sums{};
+    const bool map = L.reduction == Reduction::none;
+    over_pixels([&](int64_t i) {
+      const V w = load<V>(weight + i), weighted = w == A(0) ? V{} : w * loss(i);
+      if (map) store(out + i, weighted);
+      sums += __builtin_convertvector(weighted, Sums);
+    });
+    if (map) {
+      memcpy(static_cast<A*>(L.losses) + entry(r, e) * plan.pixels + begin, out, n * sizeof(A));
+      return;
+    }
+    double sum_of_lanes = 0;
+    for (int k = 0; k < kLanes; ++k) sum_of_lanes += sums[k];
+    partial[entry(r, e)] = sum_of_lanes;
+  }
+  void put_zeros(int r, int e, double* partial) {
+    if (L.reduction == Reduction::none) {
+      memset(static_cast<A*>(L.losses) + entry(r, e) * plan.pixels + begin, 0, n * sizeof(A));
+    } else {
+      partial[entry(r, e)] = 0;
+    }
+  }
+  void zero_losses(int e, double* partial) {
+    for (int r = 0; r <= T; ++r) put_zeros(r, e, partial);
+  }
+
+  // ---- gradient of one exit ----
+
+  // S = sum_c target_c a_c of a teacher that learns; a becomes target_c a_c.
+  void teacher_sum(Teacher& t) {
+    over_pixels([&](int64_t i) { store(t.S + i, V{}); });
+    for (int c = 0; c < C; ++c)
+      over_pixels([&](int64_t i) {
+        A* a = row(t.a, c) + i;
+        const V target = load<V>(row(t.u, c) + i) * load<V>(t.factor + i);
+        const V said = target == A(0) ? V{} : target * (load<V>(a) - load<V>(t.kl + i));
+        store(a, said);
+        store(t.S + i, load<V>(t.S + i) + said);
+      });
+  }
+
+  // gradient_c = exp(y_c) f1 + exp(y_c / tau) f2 - sum_r scaled_r u_rc - smooth w_c - hot[c = label] - ..., a few rows
+  // after the other in place of the exponentials. `self` is this exit as a teacher that learns.
+  template <bool ONE, bool TWO>
+  void write_gradient(int e, bool soft, const Teacher* self) {
+    const bool arg = L.target == Target::argmax;
+    over_pixels([&](int64_t i) {
+      V q1{}, q2{};  // sums of the targets of either softmax
+      if (L.labels) {
+        const V k = load<V>(label_k + i);
+        q1 += k * (load<V>(hot + i) + smoothing * class_w_sum);
+        store(label_k + i, k * load<V>(hot + i));
+        store(smooth + i, k * smoothing);
+      }
+      for (int r = 0; r < T; ++r) {
+        const Teacher& t = teachers[r];
+        if (!t.on) continue;
+        const V k = load<V>(t.k + i) * (arg ? A(1) : tau);
+        if (!arg) store(t.scaled + i, k * load<V>(t.factor + i));
+        (soft_two ? q2 : q1) += arg ? k : k * load<V>(t.P + i);
+      }
+      if (self && !soft_two) q1 += load<V>(self->S + i);
+      if constexpr (ONE) store(f1 + i, q1 / load<V>(sum + i));
+      if constexpr (TWO) store(f2 + i, q2 / load<V>(sum2 + i));
+    });
+    const View& v = L.grads[e];
+    const bool row_by_row = runs_of(v, L).step == 1;
+    for (int c = 0; c < C; c += kBlock) {
+      const int c1 = c + kBlock < C ? c + kBlock : C;
+      if (c1 - c == kBlock) {
+        gradient_block<ONE, TWO, kBlock>(c, soft, self);
+      } else {
+        for (int k = c; k < c1; ++k) gradient_block<ONE, TWO, 1>(k, soft, self);
+      }
+      if (row_by_row) write(v, c, c1);
+    }
+    if (!row_by_row) write(v, 0, C);
+  }
+  template <bool ONE, bool TWO, int CB>
+  void gradient_block(int c0, bool soft, const Teacher* self) {
+    const bool labelled = L.labels, smooth_labels = labelled && smoothing != 0, arg = L.target == Target::argmax;
+    const int count = soft ? T : 0;
+    const int64_t offset = c0 * ld, stride = ld;
+    A *const x = z + offset, *const x2 = TWO ? z2 + offset : nullptr;
+    const A *const one = f1, *const two = f2, *const at_label = label_k;
+    const Int* const y = label;
+    const Teacher* const all = teachers;
+    over_pixels([&](int64_t i) {
+      V g[CB] = {};
+      for (int k = 0; k < CB; ++k) {
+        if constexpr (ONE) g[k] = load<V>(x + k * stride + i) * load<V>(one + i);
+        if constexpr (TWO) g[k] += load<V>(x2 + k * stride + i) * load<V>(two + i);
+      }
+      for (int r = 0; r < count; ++r) {
+        const Teacher& t = all[r];
+        if (!t.on) continue;
+        if (arg) {
+          const VInt top = load<VInt>(t.arg + i);
+          for (int k = 0; k < CB; ++k) g[k] = top == Int(c0 + k) ? g[k] - load<V>(t.k + i) : g[k];
+        } else {
+          const V scaled = load<V>(t.scaled + i);
+          const A* const u = t.u + offset + i;
+          for (int k = 0; k < CB; ++k) g[k] -= scaled * load<V>(u + k * stride);
+        }
+      }
+      if (labelled) {
+        const VInt class_of = load<VInt>(y + i);
+        const V hot_k = load<V>(at_label + i);
+        for (int k = 0; k < CB; ++k) g[k] = class_of == Int(c0 + k) ? g[k] - hot_k : g[k];
+      }
+      if (smooth_labels)
+        for (int k = 0; k < CB; ++k) g[k] -= load<V>(smooth + i) * class_weight(c0 + k);
+      if (self) {
+        for (int k = 0; k < CB; ++k) g[k] -= load<V>(self->a + offset + k * stride + i);
+        if (soft_two) {
+          const V S = load<V>(self->factor + i) * load<V>(self->S + i);
+          for (int k = 0; k < CB; ++k) g[k] += load<V>(self->u + offset + k * stride + i) * S;
+        }
+      }
+      for (int k = 0; k < CB; ++k) store(x + k * stride + i, g[k]);
+    });
+  }
+  void write_zeros(int e) {
+    memset(z, 0, C * ld * sizeof(A));
+    write(L.grads[e], 0, C);
+  }
+};
+
+// ---- entry points ----------------------------------------------------------------------------------------------
+
+template <class A, class Label>
+PixelCounts count_as(const ExitLoss& L, const Label* labels, int64_t begin, int64_t end) {
+  const A* weight = static_cast<const A*>(L.pixel_weight);
+  const A* class_weight = static_cast<const A*>(L.class_weight);
+  PixelCounts counts{0, 0, -1};
+  if (labels && !weight && !class_weight) {  // the usual case, without a branch
+    const Label ignore = Label(L.ignore_index), classes = Label(L.C);
+    const bool any_ignored = int64_t(ignore) == L.ignore_index, any_large = int64_t(classes) == L.C;
+    int64_t valid = 0, bad = 0;
+#pragma omp simd reduction(+ : valid, bad)
+    for (int64_t i = begin; i < end; ++i) {
+      const bool counted = !(any_ignored & (labels[i] == ignore));
+      valid += counted;
+      bad += counted & ((labels[i] < 0) | (any_large & (labels[i] >= classes)));
+    }
+    counts.label = double(valid);
+    counts.soft = double(L.mask_soft ? valid : end - begin);
+    if (!bad) return counts;
+    counts = {0, 0, -1};
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const double w = weight ? double(weight[i]) : 1.0;
+    const bool valid = labels && int64_t(labels[i]) != L.ignore_index;
+    if (valid) {
+      const int64_t y = int64_t(labels[i]);
+      if (y < 0 || y >= L.C) {
+        if (counts.bad_label < 0) counts.bad_label = i;
+        continue;
+      }
+      counts.label += class_weight ? w * double(class_weight[y]) : w;
+    }
+    if (valid || !L.mask_soft) counts.soft += w;
+  }
+  return counts;
+}
+
+template <class A>
+PixelCounts count(const ExitLoss& L, int64_t begin, int64_t end) {
+  switch (L.label_type) {
+    case LabelType::uint8: return count_as<A>(L, static_cast<const uint8_t*>(L.labels), begin, end);
+    case LabelType::int32: return count_as<A>(L, static_cast<const int32_t*>(L.labels), begin, end);
+    default: return count_as<A>(L, static_cast<const int64_t*>(L.labels), begin, end);
+  }
+}
+
+template <class A>
+void run_tiles(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
+  Worker<A> worker(L, plan);
+  for (int64_t tile = begin; tile < end; ++tile) worker.run(tile, partial + tile * (L.T + 1) * L.N);
+}
+
+PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {
+  return L.dtype == DType::float64 ? count<double>(L, begin, end) : count<float>(L, begin, end);
+}
+
+void run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
+  L.dtype == DType::float64 ? run_tiles<double>(L, plan, begin, end, partial)
+                            : run_tiles<float>(L, plan, begin, end, partial);
+}
+
+}  // namespace
+
+#define SELFREG_PASTE(a, b) a##b
+#define SELFREG_NAME(a, b) SELFREG_PASTE(a, b)
+#define SELFREG_TEXT(a) #a
+#define SELFREG_STRING(a) SELFREG_TEXT(a)
+
+namespace selfreg {
+
+const CpuKernels& SELFREG_NAME(cpu_kernels_, SELFREG_ISA)() {
+  static constexpr CpuKernels kernels{SELFREG_STRING(SELFREG_ISA), count_any, run_any};
+  return kernels;
+}
+
+}  // namespace selfreg

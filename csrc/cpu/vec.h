@@ -1,0 +1,137 @@
+// Vectors of pixels: GCC/Clang vector extensions as wide as the instruction set this file is compiled for, with the
+// few functions that pixel_math.h and the tile loops need. Everything is in the includer's anonymous namespace scope:
+// no symbol of one instruction set can be linked into the code of another.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define SELFREG_ALWAYS inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVecBytes)));
+typedef double VecD __attribute__((vector_size(kVecBytes)));
+typedef double VecDD __attribute__((vector_size(2 * kVecBytes)));  // as many as VecF has
+typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVecBytes)));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using V = VecF;
+  using Int = int32_t;
+  using VInt = VecI;
+  using Sums = VecDD;
+};
+template <>
+struct VecOf<double> {
+  using V = VecD;
+  using Int = int64_t;
+  using VInt = VecL;
+  using Sums = VecD;
+};
+
+template <class V, class A>
+SELFREG_ALWAYS V load(const A* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class A>
+SELFREG_ALWAYS void store(A* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+template <class V, class A>
+SELFREG_ALWAYS V fill(A x) {
+  return V{} + x;
+}
+
+// a > b ? a : b, so b where either is NaN: the machine's own maximum, which compilers do not see in that expression.
+SELFREG_ALWAYS VecF larger(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+SELFREG_ALWAYS VecD larger(VecD a, VecD b) { return a > b ? a : b; }
+
+// 2^(x * rate) for rate > 0 and x * rate <= 127; 0 below -126.5 (so also at -inf), NaN for NaN, exactly 1 at 0, relative
+// error 9e-8. The sum with 1.5 * 2^23 rounds to an integer n in the low bits; a polynomial does the rest on [-1/2, 1/2].
+SELFREG_ALWAYS VecF exp2_of(VecF x, float rate) {
+  const float magic = 12582912.f;
+  x = larger(fill<VecF>(-127.f / rate), x);
+  const VecF rounded = x * rate + magic, n = rounded - magic, f = x * rate - n;
+  VecF p = f * 1.3264727e-3f + 9.6715127e-3f;
+  p = p * f + 5.5507337e-2f;
+  p = p * f + 2.4022242e-1f;
+  p = p * f + 6.9314698e-1f;
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const VecI power = ((VecI)rounded + 127) << 23;  // casts between vectors keep the bits
+  return p * (VecF)power;
+#endif
+}
+
+// log2 of a positive normal number, NaN otherwise: the exponent, plus log(1 + f) = 2 artanh(f / (2 + f)) of the mantissa
+// in [sqrt(1/2), sqrt(2)), relative error under 1e-7.
+SELFREG_ALWAYS VecF log2(VecF x) {
+  VecI bits = (VecI)x;
+  VecI exponent = (bits - 0x3f3504f3) >> 23;
+  VecI mantissa = bits - (exponent << 23);
+  VecF f = (VecF)mantissa - 1.f;
+  VecF s = f / (f + 2.f), s2 = s * s;
+  VecF series = (((s2 * (1.f / 9) + 1.f / 7) * s2 + 1.f / 5) * s2 + 1.f / 3) * s2 + 1.f;
+  VecF result = s * series * 2.88539008f + __builtin_convertvector(exponent, VecF);
+  return x > 0.f ? result : fill<VecF>(__builtin_nanf(""));
+}
+
+// float64 is for checking: exactness before speed.
+SELFREG_ALWAYS VecD exp2_of(VecD x, double rate) {
+  for (int k = 0; k < kVecBytes / 8; ++k) x[k] = __builtin_exp2(x[k] * rate);
+  return x;
+}
+SELFREG_ALWAYS VecD log2(VecD x) {
+  for (int k = 0; k < kVecBytes / 8; ++k) x[k] = x[k] > 0 ? __builtin_log2(x[k]) : __builtin_nan("");
+  return x;
+}
+
+// Past the caches, for a gradient that is larger than they are; p is aligned to the vector.
+template <class A>
+SELFREG_ALWAYS void stream(A* p, const A* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  __builtin_memcpy(p, from, kVecBytes);
+#endif
+}
+SELFREG_ALWAYS void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
