@@ -16,12 +16,12 @@
 namespace selfreg {
 namespace {
 
-// Pixels a tile: its rows (one exit's, and each teacher's) should stay in a core's L2 cache.
+// Pixels a tile: its rows (one exit's, and each teacher's logits and targets) should stay in a core's L2 cache.
 int64_t tile_pixels(const ExitLoss& launch, int64_t pixels) {
   const int64_t number = launch.dtype == DType::float64 ? 8 : 4;
-  const int64_t rows = launch.C * (1 + launch.T * (launch.detach_teacher ? 1 : 2) +
-                                   (launch.target == Target::renormalized ? 1 : 0));
-  const int64_t budget = 512 * 1024 / (rows * number);
+  const int64_t rows =
+      launch.C * (1 + launch.T * (launch.detach_teacher ? 2 : 3) + (launch.target == Target::renormalized ? 1 : 0));
+  const int64_t budget = 256 * 1024 / (rows * number);
   // At least 16 tiles, to share; at least a few vectors a row.
   return std::clamp<int64_t>(std::min(budget, pixels / 16) / 64 * 64, 64, 1024);
 }
@@ -95,7 +95,8 @@ void cpu_launch(const ExitLoss& launch) {
   plan.pixels = launch.B * launch.H * launch.W;
   const PixelCounts counts = count_pixels(launch, plan.pixels);
   if (counts.bad_label >= 0)
-    throw std::invalid_argument("labels: neither a class nor ignored at flat index " + std::to_string(counts.bad_label));
+    throw std::invalid_argument("labels: neither a class nor ignored at flat index " +
+                                std::to_string(counts.bad_label));
   const bool mean = launch.reduction == Reduction::mean;
   auto norm = [&](double divisor) { return !mean ? 1.0 : divisor == 0 ? 0.0 : 1.0 / divisor; };
   plan.norm[0] = norm(counts.label);

@@ -1,8 +1,9 @@
 // The mathematics of one pixel, for host and device. V is a number on a GPU thread (one pixel) and a vector of numbers
-// on the CPU (as many pixels); S is its scalar type. V brings log2 and exp2_of(x, rate) = 2^(x rate). Derivations: selfreg_fast/reference.py.
+// on the CPU (as many pixels); S is its scalar type. V brings log2 and exp2_of(x, rate) = 2^(x rate). Derivations:
+// selfreg_fast/reference.py.
 //
-// With m = max_c z_c, y_c = z_c - m and Z = sum_c exp(y_c), every loss is written with y <= 0 and log Z >= 0, so that no
-// large terms cancel whatever the logits' offset.
+// With m = max_c z_c, y_c = z_c - m and Z = sum_c exp(y_c), every loss is written with y <= 0 and log Z >= 0, so that
+// no large terms cancel whatever the logits' offset.
 #pragma once
 
 #ifdef __CUDACC__

@@ -42,6 +42,7 @@ def exit_loss(
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """ValueError with value and position of the first label that is neither a class nor ignored."""
+    labels = labels.long()  # a uint8 tensor compared with 300 is compared with 44
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
@@ -89,9 +90,25 @@ class _ExitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
-        exits = ctx.saved_tensors[3 : len(ctx.saved_tensors) - ctx.saved]
+        labels, class_weight, pixel_weight, *tensors = ctx.saved_tensors  # once: under checkpointing it may recompute
+        exits, grads = tensors[: len(tensors) - ctx.saved], tensors[len(tensors) - ctx.saved :]
+        if not ctx.weights:
+            grad_total = None  # that total is the constant 0
         with torch.no_grad():
-            grads = _ExitLoss.gradients(ctx, grad_total, grad_losses)
+            if not ctx.wanted or (grad_total is None and grad_losses is None):
+                grads = []
+            elif grads and grad_total is not None and grad_losses is None:
+                # Never in place: the saved gradients serve again under retain_graph.
+                grads = grads if _is_one(grad_total) else [g * grad_total for g in grads]
+            else:
+                if grad_total is not None:
+                    weights = torch.tensor(ctx.weights, dtype=grad_total.dtype, device=grad_total.device)
+                    from_total = grad_total * weights.view(-1, len(exits))
+                    grad_losses = from_total if grad_losses is None else grad_losses + from_total
+                assert grad_losses is not None
+                grads = ops.exit_loss(
+                    exits, labels, class_weight, pixel_weight, grad_losses.contiguous(), (), ctx.wanted, ctx.options
+                )[2]
         if grads and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _OnceDifferentiable.apply(len(grads), *grads, *exits)  # type: ignore[no-untyped-call]
         result: list[Tensor | None] = [None] * len(exits)
@@ -99,26 +116,6 @@ class _ExitLoss(torch.autograd.Function):
             for i, g in zip(ctx.wanted, grads, strict=True):
                 result[i] = g
         return None, None, None, None, None, None, *result
-
-    @staticmethod
-    def gradients(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> list[Tensor]:
-        labels, class_weight, pixel_weight, *tensors = ctx.saved_tensors
-        exits, grads = tensors[: len(tensors) - ctx.saved], tensors[len(tensors) - ctx.saved :]
-        if not ctx.weights:
-            grad_total = None  # that total is the constant 0
-        if not ctx.wanted or (grad_total is None and grad_losses is None):
-            return []
-        if grads and grad_total is not None and grad_losses is None:
-            # Never in place: the saved gradients serve again under retain_graph.
-            return grads if _is_one(grad_total) else [g * grad_total for g in grads]
-        if grad_total is not None:
-            weights = torch.tensor(ctx.weights, dtype=grad_total.dtype, device=grad_total.device)
-            from_total = grad_total * weights.view(-1, len(exits))
-            grad_losses = from_total if grad_losses is None else grad_losses + from_total
-        assert grad_losses is not None
-        return ops.exit_loss(
-            exits, labels, class_weight, pixel_weight, grad_losses.contiguous(), (), ctx.wanted, ctx.options
-        )[2]
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -371,15 +371,15 @@ def self_regulation_loss(
     zero = losses.new_zeros(())
     mea = seg_weight * _weighted(losses[0], exit_weights) if mea_weight is not None else zero
     sr_l = losses[-1].sum(0) if sr_l_weight is not None else zero
-    sr_f = losses[1].sum(0) if sr_f_weight is not None else zero
+    sr_f = losses[1].sum(0) if 0 in teachers else zero
     if sr_f_weight is not None and features is not None:
         sr_f = sr_f_loss(features, **soft, **shared)
         if sr_f_weight:
             total = total + sr_f_weight * sr_f
     if mea_weight is not None and image_logits is not None:
-        _count(image_logits, "image_logits")
+        _check_image_logits(image_logits, 1)
         if presence is None:
-            presence = presence_vector(labels, image_logits[0].shape[-1], ignore_index=ignore_index)
+            presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
         image_mea = cls_weight * presence_loss(image_logits, presence)
         mea = mea + image_mea
         if mea_weight:
@@ -666,7 +666,7 @@ def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) ->
 
 
 def _check_teachers(teachers: Sequence[int], n: int) -> tuple[int, ...]:
-    if not isinstance(teachers, (list, tuple)) or any(isinstance(t, bool) or not isinstance(t, int) for t in teachers):
+    if not isinstance(teachers, (list, tuple, range)) or any(isinstance(t, bool) or not isinstance(t, int) for t in teachers):
         raise TypeError(f"teachers: expected a sequence of exit indices, got {teachers!r}")
     for t in teachers:
         if not -n <= t < n:

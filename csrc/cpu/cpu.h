@@ -1,5 +1,5 @@
-// The CPU backend's inner interface: cpu/launch.cpp plans and splits the work, cpu/exit_loss.cpp, compiled once for each
-// instruction set, does it.
+// The CPU backend's inner interface: cpu_launch.cpp plans and splits the work, cpu/exit_loss.cpp, compiled once for
+// each instruction set, does it.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace selfreg {
 // results are the same bit for bit.
 struct Plan {
   int64_t pixels, tile_pixels, tiles;
-  bool stream;       // write gradients past the caches
-  double norm[2];    // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
+  bool stream;     // write gradients past the caches
+  double norm[2];  // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
 };
 
 struct CpuKernels {

@@ -3,9 +3,10 @@
 //
 // A tile is a block of consecutive pixels with all channels, channel rows contiguous, so that a vector holds pixels and
 // no reduction over channels crosses lanes. Per tile:
-//   phase 1  each teacher: read, maximum, exponentials; they stay in scratch as its unnormalised target row
-//   phase 2  each exit: read, maximum, exponentials with the sums of all its losses, then its gradient row by row
-// Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in launch.cpp.
+//   phase 1  each teacher: read, maximum, exponentials; all stay in scratch, these as its unnormalised target row
+//   phase 2  each exit: read and maximum, if not a teacher; exponentials with the sums of all its losses; its gradient,
+//            a few rows at a time
+// Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in cpu_launch.cpp.
 #include "cpu.h"
 
 #include <stdlib.h>
@@ -122,24 +123,25 @@ class Worker {
     gradient = L.grad_losses || L.weights;
     ld = plan.tile_pixels + 64 / int64_t(sizeof(A));
     teacher_learns = gradient && !L.detach_teacher;
-    const int64_t tile = C * ld, per_teacher = tile * (teacher_learns ? 2 : 1) + 9 * ld;
+    const int64_t tile = C * ld, per_teacher = tile * (teacher_learns ? 3 : 2) + 10 * ld;
     const int64_t numbers = tile * (T && soft_two ? 2 : 1) + T * per_teacher + 16 * ld;
     memory = static_cast<A*>(aligned_alloc(64, (numbers * sizeof(A) + T * sizeof(Teacher) + 127) / 64 * 64));
     A* p = memory;
     auto take = [&](int64_t n) { return (p += n) - n; };
     z = take(tile);
     z2 = T && soft_two ? take(tile) : nullptr;
-    for (A** row : {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out,
-                    &f1, &f2})
+    for (A** row :
+         {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out, &f1, &f2})
       *row = take(ld);
     label = reinterpret_cast<Int*>(take(ld));
     take(ld);  // spare line behind the integers
     teachers = reinterpret_cast<Teacher*>(p + T * per_teacher);
     for (int r = 0; r < T; ++r) {
       Teacher& t = teachers[r];
+      t.z = take(tile);
       t.u = take(tile);
       t.a = teacher_learns ? take(tile) : nullptr;
-      for (A** row : {&t.factor, &t.P, &t.dot, &t.k, &t.y, &t.kl, &t.S, &t.scaled}) *row = take(ld);
+      for (A** row : {&t.max, &t.factor, &t.P, &t.dot, &t.k, &t.y, &t.kl, &t.S, &t.scaled}) *row = take(ld);
       t.arg = reinterpret_cast<Int*>(take(ld));
     }
     class_w_sum = 0;
@@ -156,11 +158,11 @@ class Worker {
     width = (n + kLanes - 1) / kLanes * kLanes;
     pixel_weights();
     for (int r = 0; r < T; ++r) {
-      expect(L.exits[r + 1 < T ? L.teachers[r + 1] : 0]);
+      expect(r + 1 < T ? L.teachers[r + 1] : next_student(0));
       teach(r);
     }
     for (int e = 0; e < N; ++e) {
-      expect(L.exits[e + 1 < N ? e + 1 : e]);
+      expect(next_student(e + 1));
       student(e, partial, !(teacher_learns && taught_row(e) >= 0));
     }
     if (teacher_learns)  // their gradient also needs what all their students said
@@ -171,16 +173,18 @@ class Worker {
 
  private:
   struct Teacher {
+    A* z;       // [C] logits
     A* u;       // [C] unnormalised target rows
     A* a;       // [C] sum over students of gradient * log-probability, where the teacher learns
-    A *factor;  // target = factor * u
-    A *P;       // sum of the target
-    A *dot;     // with the student at hand: sum_c u_c y_c
-    A *k;       // gradient of that loss at each pixel
-    A *y;       // the student's y at this teacher's argmax
-    A *kl;      // sum over students of gradient * log normaliser, where the teacher learns
-    A *S;       // sum_c target_c a_c, where the teacher learns
-    A *scaled;  // what multiplies u in the student's gradient
+    A* max;     // of the logits
+    A* factor;  // target = factor * u
+    A* P;       // sum of the target
+    A* dot;     // with the student at hand: sum_c u_c y_c
+    A* k;       // gradient of that loss at each pixel
+    A* y;       // the student's y at this teacher's argmax
+    A* kl;      // sum over students of gradient * log normaliser, where the teacher learns
+    A* S;       // sum_c target_c a_c, where the teacher learns
+    A* scaled;  // what multiplies u in the student's gradient
     Int* arg;   // argmax
     bool on;    // teaches the student at hand
   };
@@ -204,6 +208,7 @@ class Worker {
   A *max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1, *f2;
   Int* label;
   Teacher* teachers;
+  const A *logits, *peak;  // of the student at hand: z and max, or those of the teacher that it is
 
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
   A* row(A* tile, int c) const { return tile + c * ld; }
@@ -211,6 +216,11 @@ class Worker {
     for (int r = 0; r < T; ++r)
       if (L.teachers[r] == e) return r;
     return -1;
+  }
+  // The next exit from e on that is read as a student; N where there is none.
+  int next_student(int e) const {
+    while (e < N && taught_row(e) >= 0) ++e;
+    return e;
   }
   int64_t entry(int r, int e) const { return int64_t(r) * N + e; }
 
@@ -263,8 +273,10 @@ class Worker {
   // The tile that is read next comes into the L2 cache while the exponentials of this one are computed: memory and
   // arithmetic, one after the other, would take the sum of their times. Where its pixels are not one run it is not
   // worth the trouble; then the prefetches fall on this worker's own scratch.
-  void expect(const View& v) {
+  void expect(int e) {
     ahead = {reinterpret_cast<const char*>(z), 0, 0};
+    if (e == N) return;
+    const View& v = L.exits[e];
     const Runs runs = runs_of(v, L);
     if (runs.step != 1 || runs.length - begin % runs.length < n) return;
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
@@ -288,13 +300,34 @@ class Worker {
         return;
       }
       // Channels are close together: few pixels at a time, so that a cache line is read once.
-      for (int64_t i0 = 0; i0 < count; i0 += kLanes)
-        for (int c = c0; c < c1; ++c) {
-          A* dst = row(to, c) + first;
-          const S* src = data + offset + c * v.stride_c;
-          for (int64_t i = i0; i < count && i < i0 + kLanes; ++i) convert(dst[i], src[i * runs.step]);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const S* src = data + offset + i * runs.step;
+        A* dst = to + first + i;
+        if (channels_together(v) && count - i >= kLanes) {
+          over_channel_blocks([&](int c) {
+            V pixels[kLanes];
+            for (int p = 0; p < kLanes; ++p) {
+              A values[kLanes];
+#pragma omp simd
+              for (int k = 0; k < kLanes; ++k) convert(values[k], src[p * runs.step + c + k]);
+              pixels[p] = load<V>(values);
+            }
+            transpose<V, VInt>(pixels);
+            for (int k = 0; k < kLanes; ++k) store(dst + (c + k) * ld, pixels[k]);
+          });
+          continue;
         }
+        for (int64_t p = 0; p < kLanes && p < count - i; ++p)
+          for (int c = c0; c < c1; ++c) convert(dst[c * ld + p], src[p * runs.step + c * v.stride_c]);
+      }
     });
+  }
+  // channels_last, with a vector of channels or more.
+  bool channels_together(const View& v) const { return v.stride_c == 1 && C >= kLanes; }
+  // All channels in blocks of a vector; the last block overlaps the one before.
+  template <class F>
+  SELFREG_ALWAYS void over_channel_blocks(F f) const {
+    for (int c = 0; c < C; c += kLanes) f(c + kLanes <= C ? c : C - kLanes);
   }
   void read(const View& v, A* to, int c0, int c1) {
     if constexpr (sizeof(A) == 8) {
@@ -311,9 +344,8 @@ class Worker {
         for (int64_t i = n; i < width; ++i) row(to, c)[i] = 0;
   }
   // Reads, clears pixels that do not count (a NaN there reaches nothing), finds the maximum over channels.
-  void read_with_max(const View& v, A* to) {
+  void read_with_max(const View& v, A* to, A* m) {
     const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
-    A* const m = max;
     over_pixels([&](int64_t i) { store(m + i, lowest); });
     const bool row_by_row = runs_of(v, L).step == 1;
     if (!row_by_row) read(v, to, 0, C);
@@ -348,25 +380,44 @@ class Worker {
     S* data = static_cast<S*>(v.data);
     const Runs runs = runs_of(v, L);
     for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
-      for (int c = c0; c < c1; ++c) {
-        const A* src = row(z, c) + first;
-        S* dst = data + offset + c * v.stride_c;
-        if (runs.step != 1) {
-          for (int64_t i = 0; i < count; ++i) convert(dst[i * runs.step], src[i]);
+      if (runs.step == 1) {
+        for (int c = c0; c < c1; ++c) write_row(data + offset + c * v.stride_c, row(z, c) + first, count);
+        return;
+      }
+      for (int64_t i = 0; i < count; i += kLanes) {
+        S* dst = data + offset + i * runs.step;
+        const A* src = z + first + i;
+        if (channels_together(v) && count - i >= kLanes) {
+          over_channel_blocks([&](int c) {
+            V pixels[kLanes];
+            for (int k = 0; k < kLanes; ++k) pixels[k] = load<V>(src + (c + k) * ld);
+            transpose<V, VInt>(pixels);
+            for (int p = 0; p < kLanes; ++p) {
+              A values[kLanes];
+              store(values, pixels[p]);
+#pragma omp simd
+              for (int k = 0; k < kLanes; ++k) convert(dst[p * runs.step + c + k], values[k]);
+            }
+          });
           continue;
         }
-        int64_t i = 0;
-        if constexpr (sizeof(S) == sizeof(A)) {
-          if (plan.stream) {
-            while (i < count && reinterpret_cast<uintptr_t>(dst + i) % 64) dst[i] = src[i], ++i;
-            for (; i + 64 / int(sizeof(A)) <= count; i += 64 / sizeof(A))
-              for (int k = 0; k < 64 / kVecBytes; ++k) stream(dst + i + k * kLanes, src + i + k * kLanes);
-          }
-        }
-#pragma omp simd
-        for (int64_t j = i; j < count; ++j) convert(dst[j], src[j]);
+        for (int64_t p = 0; p < kLanes && p < count - i; ++p)
+          for (int c = c0; c < c1; ++c) convert(dst[p * runs.step + c * v.stride_c], src[c * ld + p]);
       }
     });
+  }
+  template <class S>
+  void write_row(S* dst, const A* src, int64_t count) {
+    int64_t i = 0;
+    if constexpr (sizeof(S) == sizeof(A)) {
+      if (plan.stream) {
+        for (; i < count && reinterpret_cast<uintptr_t>(dst + i) % 64; ++i) dst[i] = src[i];
+        for (; i + 64 / int(sizeof(A)) <= count; i += 64 / sizeof(A))
+          for (int k = 0; k < 64 / kVecBytes; ++k) stream(dst + i + k * kLanes, src + i + k * kLanes);
+      }
+    }
+#pragma omp simd
+    for (int64_t j = i; j < count; ++j) convert(dst[j], src[j]);
   }
   // Writes channels [c0, c1) of the gradient, which stand in z.
   void write(const View& v, int c0, int c1) {
@@ -385,7 +436,7 @@ class Worker {
 
   void teach(int r) {
     Teacher& t = teachers[r];
-    read_with_max(L.exits[L.teachers[r]], t.u);
+    read_with_max(L.exits[L.teachers[r]], t.z, t.max);
     if (L.target == Target::argmax) {
       argmax(t);
     } else {
@@ -406,10 +457,10 @@ class Worker {
   // First of the largest, as torch.argmax; NaN counts as the largest.
   void argmax(Teacher& t) {
     over_pixels([&](int64_t i) {
-      V best = load<V>(t.u + i);
+      V best = load<V>(t.z + i);
       VInt arg{};
       for (int c = 1; c < C; ++c) {
-        V v = load<V>(row(t.u, c) + i);
+        V v = load<V>(row(t.z, c) + i);
         VInt better = (v > best) | ((v != v) & (best == best));
         best = better ? v : best;
         arg = better ? VInt{} + Int(c) : arg;
@@ -442,13 +493,14 @@ class Worker {
     const A rate = A(kLog2e / double(tau)), rate_one = A(kLog2e);
     const int64_t stride = ld;
     const Ahead next = ahead;
-    A *const x = row(t.u, c0), *const m = max, *const q = sum, *const z_one = sum2;
+    const A *const x = row(t.z, c0), *const m = t.max;
+    A *const to = row(t.u, c0), *const q = sum, *const z_one = sum2;
     over_pixels([&](int64_t i) {
       V Q = load<V>(q + i), Z = load<V>(z_one + i);
       for (int k = 0; k < CB; ++k) {
         next.prefetch(c0 + k, i);
         const V y = load<V>(x + k * stride + i) - load<V>(m + i), u = exp2_of(y, rate);
-        store(x + k * stride + i, u);
+        store(to + k * stride + i, u);
         Q += u;
         if constexpr (POWER > 1) Z += power<POWER>(u);
         if constexpr (POWER == 0) Z += exp2_of(y, rate_one);
@@ -472,7 +524,14 @@ class Worker {
       if (wanted && with_gradient) write_zeros(e);
       return;
     }
-    read_with_max(L.exits[e], z);
+    if (self >= 0) {
+      logits = teachers[self].z;
+      peak = teachers[self].max;
+    } else {
+      read_with_max(L.exits[e], z, max);
+      logits = z;
+      peak = max;
+    }
     pick();
     gradient_of_losses(e);
     over_pixels([&](int64_t i) {
@@ -512,10 +571,10 @@ class Worker {
   // The logits at the label and at the teachers' argmax, less the maximum.
   void pick() {
     if (L.labels)
-      for (int64_t i = 0; i < width; ++i) label_y[i] = row(z, int(label[i]))[i] - max[i];
+      for (int64_t i = 0; i < width; ++i) label_y[i] = logits[label[i] * ld + i] - peak[i];
     if (L.target == Target::argmax)
       for (int r = 0; r < T; ++r)
-        for (int64_t i = 0; i < width; ++i) teachers[r].y[i] = row(z, int(teachers[r].arg[i]))[i] - max[i];
+        for (int64_t i = 0; i < width; ++i) teachers[r].y[i] = logits[teachers[r].arg[i] * ld + i] - peak[i];
   }
 
   // The gradient of every loss of exit e at every pixel: its gradient as given x the mean's divisor x the pixel weight.
@@ -535,9 +594,9 @@ class Worker {
       if (teachers[r].on) fill_row(r + 1, teachers[r].k, soft_w, A(plan.norm[1]));
   }
 
-  // Exponentials of exit z in place (ONE: exp(y)) and into z2 (TWO: exp(y / tau)), their sums, and the dot products of
-  // the target rows with y. `say`: also tell each learning teacher gradient * y. POWER > 0: exit z is teacher `self`,
-  // whose u^POWER are the exponentials.
+  // Exponentials of the logits into z (ONE: exp(y)) and z2 (TWO: exp(y / tau)), their sums, and the dot products of
+  // the target rows with y. `say`: also tell each learning teacher gradient * y. POWER > 0: this exit is teacher
+  // `self`, whose u^POWER are the exponentials.
   template <bool ONE, bool TWO, int POWER = 0>
   void exponentials(bool say, int self = 0) {
     int c = 0;
@@ -550,7 +609,8 @@ class Worker {
     const int64_t stride = ld;
     const Ahead next = ahead;
     const A* const own = POWER ? row(teachers[self].u, c0) : nullptr;
-    A *const x = row(z, c0), *const x2 = TWO ? row(z2, c0) : nullptr, *const m = max, *const s1 = sum, *const s2 = sum2;
+    const A *const from = logits + c0 * stride, *const m = peak;
+    A *const x = row(z, c0), *const x2 = TWO ? row(z2, c0) : nullptr, *const s1 = sum, *const s2 = sum2;
     const bool smooth_dots = L.labels && smoothing != 0;
     const int count = L.target == Target::argmax ? 0 : T;
     const Teacher* const all = teachers;
@@ -558,7 +618,7 @@ class Worker {
       V y[CB];
       for (int k = 0; k < CB; ++k) {
         next.prefetch(c0 + k, i);
-        y[k] = load<V>(x + k * stride + i) - load<V>(m + i);
+        y[k] = load<V>(from + k * stride + i) - load<V>(m + i);
       }
       if constexpr (ONE) {
         V s = load<V>(s1 + i);
