@@ -378,6 +378,8 @@ def self_regulation_loss(
             total = total + sr_f_weight * sr_f
     if mea_weight is not None and image_logits is not None:
         _check_image_logits(image_logits, 1)
+        if len(image_logits) != n:
+            raise ValueError(f"image_logits: expected one for each of the {n} exits, got {len(image_logits)}")
         if presence is None:
             presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
         image_mea = cls_weight * presence_loss(image_logits, presence)
@@ -666,7 +668,9 @@ def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) ->
 
 
 def _check_teachers(teachers: Sequence[int], n: int) -> tuple[int, ...]:
-    if not isinstance(teachers, (list, tuple, range)) or any(isinstance(t, bool) or not isinstance(t, int) for t in teachers):
+    if not isinstance(teachers, (list, tuple, range)) or any(
+        isinstance(t, bool) or not isinstance(t, int) for t in teachers
+    ):
         raise TypeError(f"teachers: expected a sequence of exit indices, got {teachers!r}")
     for t in teachers:
         if not -n <= t < n:

@@ -1,0 +1,57 @@
+"""Fixtures of every test: the backends, and hypothesis without chance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from support import Backend
+
+import selfreg_fast as srf
+
+settings.register_profile(
+    "ci", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("search", max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="fail, rather than skip, where this backend is not available (may be given again)",
+    )
+
+
+def pytest_configure() -> None:
+    # Tensors here are small: a second thread gains nothing, and libgomp's threads spin while they wait, which on a busy
+    # machine is minutes. Tests of several threads ask for them, with the fixture `threads`.
+    torch.set_num_threads(1)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"selfreg_fast {srf.__version__}, {name}: {state}" for name, state in srf.backends().items()]
+
+
+@pytest.fixture(scope="session", params=("reference", "cpu", "cuda", "triton"))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend that there is on this machine; the others are skipped, with the reason."""
+    state = srf.backends()[request.param]
+    if state != "available":
+        say = pytest.fail if request.param in request.config.getoption("--require-backend") else pytest.skip
+        say(f"{request.param}: {state}")
+    return Backend(request.param, "cuda" if request.param in ("cuda", "triton") else "cpu")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads, put back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

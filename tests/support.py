@@ -1,0 +1,246 @@
+"""What the test files share: inputs in every layout, losses with their gradients, comparisons that can fail."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels_last", "transposed", "cropped", "cropped_channels_last", "expanded")
+
+
+class Backend(NamedTuple):
+    """A backend under test and the device its tensors live on."""
+
+    name: str
+    device: str
+
+    @property
+    def fused(self) -> bool:
+        return self.name != "reference"
+
+
+# ---------------------------------------------------------------------------------------------------------- inputs
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The values of x (B, C, ...) in memory as `layout` says; "expanded" repeats values, to have strides of 0."""
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "transposed":  # the last two dimensions swapped in memory
+        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "cropped":  # dense in no dimension, and at an odd offset
+        room = x.new_full([d + 1 + i for i, d in enumerate(x.shape)], math.nan)
+        view = room[tuple(slice(1, 1 + d) for d in x.shape)]
+        return view.copy_(x)
+    if layout == "cropped_channels_last":
+        return in_layout(x.movedim(1, -1), "cropped").movedim(-1, 1)
+    if layout == "expanded":
+        one = x[:1] if x.dim() == 2 else x[:1, ..., :1]
+        return one.contiguous().expand_as(x) if x.numel() else x
+    raise ValueError(layout)
+
+
+def make_exits(
+    n: int,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    sizes: Sequence[Sequence[int]] | None = None,
+    scale: float = 2.0,
+    seed: int = 0,
+) -> list[Tensor]:
+    """n exits of `shape` (B, C, ...), drawn in float64 from a normal distribution; `sizes`: (h, w) of each exit."""
+    g = generator(seed)
+    exits = []
+    for i in range(n):
+        full = (*shape[:2], *sizes[i]) if sizes is not None else shape
+        x = scale * torch.randn(*full, dtype=torch.float64, generator=g)
+        exits.append(in_layout(x.to(device=device, dtype=dtype), layout))
+    return exits
+
+
+def make_labels(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    dtype: torch.dtype = torch.int64,
+    ignore_index: int = 255,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    seed: int = 1,
+) -> Tensor:
+    """Labels (B, ...) of all classes, about a fifth of them ignored (where the dtype can say so)."""
+    g = generator(seed)
+    limits = torch.iinfo(dtype)
+    labels = torch.randint(0, min(num_classes, limits.max + 1), tuple(shape), generator=g)
+    if limits.min <= ignore_index <= limits.max:
+        labels[torch.rand(tuple(shape), generator=g) < 0.2] = ignore_index
+    return map_in_layout(labels.to(device=device, dtype=dtype), layout)
+
+
+def make_pixel_weight(
+    shape: Sequence[int], *, device: str = "cpu", layout: str = "contiguous", seed: int = 2
+) -> Tensor:
+    """Weights (B, ...) in [0, 2), about a third of them 0."""
+    g = generator(seed)
+    w = 2 * torch.rand(tuple(shape), generator=g)
+    w[torch.rand(tuple(shape), generator=g) < 0.3] = 0
+    return map_in_layout(w.to(device), layout)
+
+
+def make_class_weight(num_classes: int, *, device: str = "cpu", seed: int = 3) -> Tensor:
+    """(C,) weights in [0.5, 2), one of them 0 where there are more than two classes."""
+    w = 0.5 + 1.5 * torch.rand(num_classes, generator=generator(seed))
+    if num_classes > 2:
+        w[1] = 0
+    return w.to(device)
+
+
+def map_in_layout(m: Tensor, layout: str) -> Tensor:
+    """A map (B, ...) that lies in memory like exits of `layout`, as far as that makes sense without channels."""
+    if m.dim() < 2 or layout in ("contiguous", "channels_last"):
+        return m.contiguous()
+    if layout == "expanded":
+        return m[..., :1].contiguous().expand_as(m) if m.numel() else m
+    if layout == "transposed":
+        return m.transpose(0, -1).contiguous().transpose(0, -1)
+    room = m.new_zeros([d + 2 for d in m.shape])
+    return room[tuple(slice(1, 1 + d) for d in m.shape)].copy_(m)
+
+
+def pyramid(n: int, size: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes of n exits that differ from each other: smaller than `size` in uneven ratios, one of them larger."""
+    h, w = size
+    ratios = [(2, 3), (1, 1), (5, 3), (1, 2), (0.75, 0.75), (3, 1), (1, 4), (2, 2)]
+    return [(max(1, round(h / ratios[i % 8][0])), max(1, round(w / ratios[i % 8][1]))) for i in range(n)]
+
+
+def upstream(kind: str, out: Tensor, seed: int = 4) -> Tensor:
+    """A gradient for `out`: "one"; "random" (of both signs); "expanded" (a stride of 0 everywhere, as after a sum)."""
+    if kind == "one":
+        return torch.ones_like(out)
+    if kind == "random":
+        g = torch.randn(out.shape, generator=generator(seed), dtype=torch.float64) - 0.25
+        return g.to(device=out.device, dtype=out.dtype)
+    return torch.tensor(-0.7, dtype=out.dtype, device=out.device).expand(out.shape)
+
+
+# ------------------------------------------------------------------------------------------------- losses, gradients
+
+
+def leaves(exits: Sequence[Tensor]) -> list[Tensor]:
+    """The exits as leaves of a graph, with their strides."""
+    return [z.detach().requires_grad_() for z in exits]
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor], grad_output: Tensor | None = None, **kwargs: Any) -> list[Tensor]:
+    """d out / d inputs, zeros where `out` does not depend on one."""
+    if not out.requires_grad:
+        return [torch.zeros_like(z) for z in inputs]
+    grads = torch.autograd.grad(out, inputs, grad_output, allow_unused=True, **kwargs)
+    return [torch.zeros_like(z) if g is None else g for z, g in zip(inputs, grads, strict=True)]
+
+
+def value_and_gradients(
+    function: Callable[[list[Tensor]], Tensor], exits: Sequence[Tensor], kind: str = "one", factor: float = 1.0
+) -> list[Tensor]:
+    """[value, gradient of each exit] of function(exits), under the gradient `factor * upstream(kind)` of its value."""
+    inputs = leaves(exits)
+    out = function(inputs)
+    grad_output = upstream(kind, out)
+    return [out.detach(), *gradients(out, inputs, grad_output if factor == 1 else factor * grad_output)]
+
+
+def in_double(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every floating tensor in float64: exactly what the function was given."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+# Relative errors that a result of this dtype may have against float64 on the same inputs. float32: the promise of the
+# package; float64: some hundreds of rounding units, sums over pixels included; halves: two roundings of the result.
+RELATIVE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: torch.finfo(torch.float16).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+}
+
+
+def relative_error(actual: Tensor, exact: Tensor, floor: float = 0.0) -> float:
+    """The larger of the relative L2 error and the maximal error relative to the maximum, less `floor` per element."""
+    error = (actual.double() - exact.double()).abs().sub(floor).clamp_min(0)
+    if not error.any():
+        return 0.0
+    exact = exact.double().abs()
+    scale = exact.max()  # a mean gradient is about 1 / (H W): only its error relative to itself says anything
+    if scale == 0:
+        return math.inf
+    return max((error / scale).norm().item() / (exact / scale).norm().item(), (error.max() / scale).item() / 4)
+
+
+def assert_close(actual: Tensor, exact: Tensor, relative: float, floor: float = 0.0, what: str = "") -> None:
+    """`actual` has the shape of `exact`, is not finite where that is not, and elsewhere errs by at most `relative`."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    odd, odd_exact = actual[~finite].double(), exact[~finite].double()
+    assert torch.equal(odd.nan_to_num(nan=7.0), odd_exact.nan_to_num(nan=7.0)), f"{what}: {odd}, expected {odd_exact}"
+    assert actual[finite].isfinite().all(), f"{what}: not finite where the exact value is"
+    error = relative_error(actual[finite], exact[finite], floor)
+    assert error <= relative, f"{what}: relative error {error:.2e}, allowed {relative:.2e}"
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """What underflow may cost in a result of `dtype`."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal if info.bits >= 32 else info.smallest_normal * info.eps
+
+
+# ------------------------------------------------------------------------------------------------------ combinations
+
+
+def pairwise(
+    axes: Mapping[str, Sequence[Any]], valid: Callable[[dict[str, Any]], bool], seed: int = 0
+) -> list[dict[str, Any]]:
+    """A few valid cases in which any two values of any two axes meet, wherever a valid case can be found for them."""
+    rng = random.Random(seed)
+    names = list(axes)
+    missing = {
+        (a, i, b, j): None  # a dict, for its order
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
+    }
+    cases = []
+    while missing:
+        a, i, b, j = next(iter(missing))
+        best, most = None, 0
+        for _ in range(40):
+            choice = {n: rng.randrange(len(axes[n])) for n in names} | {a: i, b: j}
+            if not valid({n: axes[n][k] for n, k in choice.items()}):
+                continue
+            met = sum((c, choice[c], d, choice[d]) in missing for c, d in itertools.combinations(names, 2))
+            if met > most:
+                best, most = choice, met
+        if best is None:
+            del missing[a, i, b, j]
+            continue
+        for c, d in itertools.combinations(names, 2):
+            missing.pop((c, best[c], d, best[d]), None)
+        cases.append({n: axes[n][k] for n, k in best.items()})
+    return cases

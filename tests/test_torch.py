@@ -1,0 +1,222 @@
+"""Inside PyTorch's machinery: operator checks, torch.compile, autocast."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import (
+    Backend,
+    assert_close,
+    gradients,
+    leaves,
+    make_class_weight,
+    make_exits,
+    make_labels,
+    make_pixel_weight,
+    pyramid,
+)
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import selfreg_fast as srf
+from selfreg_fast import reference
+
+SHAPE = (2, 5, 6, 8)
+
+# ------------------------------------------------------------------------------------------ the operator itself
+
+
+def _operands(**changes: Any) -> dict[str, Any]:
+    """Arguments of torch.ops.selfreg_fast.exit_loss, by the names of its schema."""
+    layout = changes.pop("layout", "contiguous")
+    dtype = changes.pop("dtype", torch.float32)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    operands = {
+        "exits": make_exits(3, SHAPE, dtype=dtype, layout=layout),
+        "labels": make_labels((2, 6, 8), 5),
+        "class_weight": make_class_weight(5).to(exact),
+        "pixel_weight": make_pixel_weight((2, 6, 8)).to(exact),
+        "grad_losses": None,
+        "weights": [0.5] * 9,
+        "wanted": [0, 1, 2],
+        "teachers": [0, 2],
+        "temperature": 2.0,
+        "target": 0,
+        "ignore_index": 255,
+        "label_smoothing": 0.1,
+        "mask_soft": False,
+        "detach_teacher": True,
+        "reduction": 0,
+    }
+    return {**operands, **changes}
+
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "channels_last": {"layout": "channels_last"},
+    "cropped": {"layout": "cropped"},
+    "expanded": {"layout": "expanded"},
+    "transposed": {"layout": "transposed", "dtype": torch.float64},
+    "halves": {"dtype": torch.bfloat16, "target": 1},
+    "no_labels": {"labels": None, "class_weight": None, "target": 2},
+    "no_gradient": {"wanted": [], "weights": [], "pixel_weight": None},
+    "maps": {"weights": [], "wanted": [], "reduction": 2},
+    "backward": {"weights": [], "wanted": [1], "grad_losses": torch.randn(3, 3), "detach_teacher": False},
+    "backward_of_maps": {"weights": [], "reduction": 2, "grad_losses": torch.randn(3, 3, 2, 6, 8)},
+    "empty": {
+        "exits": make_exits(3, (0, 5, 6, 8)),
+        "labels": make_labels((0, 6, 8), 5),
+        "pixel_weight": torch.ones(0, 6, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_opcheck(backend: Backend, sample: dict[str, Any]) -> None:
+    """Schema, fake kernel (sizes, strides and dtypes of every output) and dynamic shapes of the raw operator."""
+    if not backend.fused:
+        pytest.skip("reference: has no operator")
+    operands = _operands(**sample)
+    on_device = {
+        k: [z.to(backend.device) for z in v] if k == "exits" else v.to(backend.device) if isinstance(v, Tensor) else v
+        for k, v in operands.items()
+    }
+    torch.library.opcheck(torch.ops.selfreg_fast.exit_loss, (), on_device)
+
+
+# ------------------------------------------------------------------------------------------ torch.compile
+
+
+def _functions(backend: Backend) -> dict[str, Callable[..., Any]]:
+    b = {"backend": backend.name}
+    module = srf.SelfRegulationLoss(temperature=2.0, class_weight=make_class_weight(5, device=backend.device), **b)
+    published = srf.SelfRegulationLoss.published(**b)
+    return {
+        "sr_f": lambda e, y: srf.sr_f_loss(e, temperature=2.0, **b),
+        "sr_l": lambda e, y: srf.sr_l_loss(e, temperature=2.0, renormalize=True, **b),
+        "mea": lambda e, y: srf.mea_loss(e, y, label_smoothing=0.1, **b),
+        "matrix": lambda e, y: srf.exit_loss_matrix(e, y, teachers=[0, 1], detach_teacher=False, **b).sum(),
+        "maps": lambda e, y: srf.exit_loss_matrix(e, y, teachers=[0], reduction="none", mask_soft=True, **b).mean(),
+        "resized": lambda e, y: srf.sr_l_loss([F.avg_pool2d(e[0], 2), *e[1:]], **b),
+        "total": lambda e, y: srf.self_regulation_loss(e, y, pixel_weight=e[0].detach()[:, 0].abs(), **b).total,
+        "features": lambda e, y: srf.self_regulation_loss(e, y, features=[z[:, :4] for z in e], **b).total,
+        "module": lambda e, y: module(e, y).total,
+        "published": lambda e, y: published(e, y, image_logits=[z.mean((2, 3)) for z in e]).total,
+    }
+
+
+NAMES = ["sr_f", "sr_l", "mea", "matrix", "maps", "resized", "total", "features", "module", "published"]
+
+
+def _run(function: Callable[..., Tensor], backend: Backend, size: tuple[int, int], **kwargs: Any) -> list[Tensor]:
+    exits = leaves(make_exits(3, (2, 5, *size), device=backend.device, **kwargs))
+    labels = make_labels((2, *size), 5, device=backend.device)
+    out = function(exits, labels)
+    return [out.detach(), *gradients(out, exits)]
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile_without_graph_breaks(backend: Backend, name: str, fresh_dynamo: None) -> None:
+    """fullgraph=True, values and gradients; a new size makes the shapes dynamic, further sizes compile nothing."""
+    function = _functions(backend)[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for size in ((6, 8), (10, 12), (4, 14)):
+        actual, expected = _run(compiled, backend, size), _run(function, backend, size)
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, 1e-6, 1e-9)
+    assert counter.frame_count <= 2, "recompiled for a size after shapes became dynamic"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+def test_compile_to_machine_code(backend: Backend, layout: str, fresh_dynamo: None) -> None:
+    """The default backend of torch.compile, which trusts the fake kernel's strides, around the module."""
+    if not backend.fused:
+        pytest.skip("reference: has no fake kernel")
+    if backend.device == "cpu" and not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    module = srf.SelfRegulationLoss(temperature=2.0, backend=backend.name)
+
+    def function(exits: list[Tensor], labels: Tensor) -> Tensor:
+        return module([z.mul(0.5) for z in exits], labels).total.square()
+
+    compiled = torch.compile(function, fullgraph=True)
+    actual = _run(compiled, backend, (6, 8), layout=layout)
+    for a, e in zip(actual, _run(function, backend, (6, 8), layout=layout), strict=True):
+        assert_close(a, e, 1e-5, 1e-8)
+
+
+def test_compile_with_halves(backend: Backend, fresh_dynamo: None) -> None:
+    """float16, whose gradients are recomputed in the backward, and bfloat16."""
+    function = _functions(backend)["total"]
+    for dtype in (torch.float16, torch.bfloat16):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, e in zip(
+            _run(compiled, backend, (6, 8), dtype=dtype), _run(function, backend, (6, 8), dtype=dtype), strict=True
+        ):
+            assert_close(a, e, torch.finfo(a.dtype).eps, 1e-7)
+
+
+def test_compile_without_gradients(backend: Backend, fresh_dynamo: None) -> None:
+    """Validation losses: under no_grad, in one graph."""
+    function = _functions(backend)["module"]
+    exits, labels = make_exits(3, SHAPE, device=backend.device), make_labels((2, 6, 8), 5, device=backend.device)
+    with torch.no_grad():
+        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(exits, labels)
+    assert_close(actual, function(exits, labels), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------ autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [None, "pyramid"])
+def test_autocast_changes_nothing_within_the_loss(
+    backend: Backend, sizes: str | None, given: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Losses are computed in float32 whatever autocast would choose; exits of several sizes included."""
+    exits = make_exits(3, SHAPE, dtype=given, device=backend.device, sizes=pyramid(3, SHAPE[2:]) if sizes else None)
+    labels = make_labels((2, 6, 8), 5, device=backend.device)
+    exact = leaves([z.double() for z in exits])
+    expected = reference.self_regulation_loss(exact, labels, temperature=2.0).total
+    inputs = leaves(exits)
+    with torch.autocast(backend.device, dtype=dtype):
+        total = srf.self_regulation_loss(inputs, labels, temperature=2.0, backend=backend.name).total
+    assert total.dtype == torch.float32
+    resized_in_half = 4 * torch.finfo(given).eps if sizes and given != torch.float32 else 0
+    assert_close(total.detach(), expected.detach(), 1e-5 + resized_in_half)
+    for a, e in zip(gradients(total, inputs), gradients(expected, exact), strict=True):
+        assert a.dtype == given
+        assert_close(a, e, 1e-5 + 2 * torch.finfo(given).eps + resized_in_half, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_under_autocast(backend: Backend, dtype: torch.dtype) -> None:
+    """Half-precision logits from float32 parameters, loss inside the autocast region, a loss scaler for float16."""
+    torch.manual_seed(0)
+    heads = nn.ModuleList(nn.Conv2d(3, 5, 3, padding=1) for _ in range(3)).to(backend.device)
+    x, labels = torch.randn(2, 3, 6, 8, device=backend.device), make_labels((2, 6, 8), 5, device=backend.device)
+    scaler = torch.amp.GradScaler(backend.device, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    with torch.autocast(backend.device, dtype=dtype):
+        logits = [head(x) for head in heads]
+        assert logits[0].dtype == dtype
+        total = srf.self_regulation_loss(logits, labels, backend=backend.name).total
+    scaler.scale(total).backward()
+    scaler.unscale_(optimizer)
+    grads = [p.grad.clone() for p in heads.parameters()]
+    optimizer.zero_grad()
+    reference.self_regulation_loss([head(x) for head in heads], labels).total.backward()
+    for g, p in zip(grads, heads.parameters(), strict=True):
+        assert (g - p.grad).norm() < 10 * torch.finfo(dtype).eps * p.grad.norm()
