@@ -172,8 +172,16 @@ class Worker {
   }
 
  private:
+  // Planes a multiple of 4 KB apart, as those of 128 x 128 pixels: all channels of a pixel fall into the same few sets
+  // of a cache, which does not hold them until they are used.
+  bool shares_cache_sets(const View& v) const { return v.stride_c * int64_t(sizeof(A)) % 4096 == 0 && C > 8; }
+
+  struct Rows {  // the tile's rows of one exit, in scratch or where they lie in memory
+    const A* data;
+    int64_t stride;
+  };
   struct Teacher {
-    A* z;       // [C] logits
+    A* z;       // [C] room for the logits
     A* u;       // [C] unnormalised target rows
     A* a;       // [C] sum over students of gradient * log-probability, where the teacher learns
     A* max;     // of the logits
@@ -186,7 +194,8 @@ class Worker {
     A* S;       // sum_c target_c a_c, where the teacher learns
     A* scaled;  // what multiplies u in the student's gradient
     Int* arg;   // argmax
-    bool on;    // teaches the student at hand
+    Rows logits;
+    bool on;  // teaches the student at hand
   };
 
   struct Ahead {  // what is read next, see expect()
@@ -208,7 +217,8 @@ class Worker {
   A *max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1, *f2;
   Int* label;
   Teacher* teachers;
-  const A *logits, *peak;  // of the student at hand: z and max, or those of the teacher that it is
+  Rows logits;    // of the student at hand
+  const A* peak;  // their maxima
 
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
   A* row(A* tile, int c) const { return tile + c * ld; }
@@ -278,7 +288,7 @@ class Worker {
     if (e == N) return;
     const View& v = L.exits[e];
     const Runs runs = runs_of(v, L);
-    if (runs.step != 1 || runs.length - begin % runs.length < n) return;
+    if (runs.step != 1 || shares_cache_sets(v) || runs.length - begin % runs.length < n) return;
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
     for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t, int64_t) {
       ahead = {static_cast<const char*>(v.data) + offset * bytes, v.stride_c * bytes, bytes};
@@ -343,18 +353,29 @@ class Worker {
       for (int c = c0; c < c1; ++c)
         for (int64_t i = n; i < width; ++i) row(to, c)[i] = 0;
   }
-  // Reads, clears pixels that do not count (a NaN there reaches nothing), finds the maximum over channels.
-  void read_with_max(const View& v, A* to, A* m) {
+  // Finds the maximum over channels, and the logits: in memory as they are, where they can be used so; else read into
+  // scratch, and cleared at pixels that do not count (a NaN there reaches nothing).
+  Rows read_with_max(const View& v, A* scratch, A* m) {
     const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
     over_pixels([&](int64_t i) { store(m + i, lowest); });
-    const bool row_by_row = runs_of(v, L).step == 1;
-    if (!row_by_row) read(v, to, 0, C);
+    const Runs runs = runs_of(v, L);
+    const bool row_by_row = runs.step == 1;
+    const bool in_place = row_by_row && !uncounted && !shares_cache_sets(v) && runs.length - begin % runs.length >= n &&
+                          L.dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64);
+    Rows rows{scratch, ld};
+    if (in_place) {
+      for_runs(v, runs, L, begin, n,
+               [&](int64_t offset, int64_t, int64_t) { rows = {static_cast<const A*>(v.data) + offset, v.stride_c}; });
+    } else if (!row_by_row) {
+      read(v, scratch, 0, C);
+    }
     for (int c0 = 0; c0 < C; c0 += kBlock) {
       const int c1 = c0 + kBlock < C ? c0 + kBlock : C;
-      if (row_by_row) read(v, to, c0, c1);
-      if (uncounted) clear_uncounted(to, c0, c1);
-      A* const x = row(to, c0);
-      const int64_t stride = ld;
+      if (row_by_row && shares_cache_sets(v)) prefetch_rows(v, runs, c0 + 2 * kBlock, c0 + 3 * kBlock);
+      if (row_by_row && !in_place) read(v, scratch, c0, c1);
+      if (uncounted) clear_uncounted(scratch, c0, c1);
+      const int64_t stride = rows.stride;
+      const A* const x = rows.data + c0 * stride;
       if (c1 - c0 == kBlock) {
         over_pixels([&](int64_t i) {
           const V x01 = larger(load<V>(x + i), load<V>(x + stride + i));
@@ -366,6 +387,17 @@ class Worker {
           over_pixels([&](int64_t i) { store(m + i, larger(load<V>(x + c * stride + i), load<V>(m + i))); });
       }
     }
+    return rows;
+  }
+  // A few rows ahead of the reading, where the whole next tile cannot be fetched ahead.
+  void prefetch_rows(const View& v, const Runs& runs, int c0, int c1) {
+    const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
+    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t, int64_t count) {
+      for (int c = c0; c < c1 && c < C; ++c) {
+        const char* p = static_cast<const char*>(v.data) + (offset + c * v.stride_c) * bytes;
+        for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+      }
+    });
   }
   void clear_uncounted(A* to, int c0, int c1) {
     const A* const weight = counted_weight();
@@ -436,7 +468,7 @@ class Worker {
 
   void teach(int r) {
     Teacher& t = teachers[r];
-    read_with_max(L.exits[L.teachers[r]], t.z, t.max);
+    t.logits = read_with_max(L.exits[L.teachers[r]], t.z, t.max);
     if (L.target == Target::argmax) {
       argmax(t);
     } else {
@@ -457,10 +489,10 @@ class Worker {
   // First of the largest, as torch.argmax; NaN counts as the largest.
   void argmax(Teacher& t) {
     over_pixels([&](int64_t i) {
-      V best = load<V>(t.z + i);
+      V best = load<V>(t.logits.data + i);
       VInt arg{};
       for (int c = 1; c < C; ++c) {
-        V v = load<V>(row(t.z, c) + i);
+        V v = load<V>(t.logits.data + c * t.logits.stride + i);
         VInt better = (v > best) | ((v != v) & (best == best));
         best = better ? v : best;
         arg = better ? VInt{} + Int(c) : arg;
@@ -493,13 +525,14 @@ class Worker {
     const A rate = A(kLog2e / double(tau)), rate_one = A(kLog2e);
     const int64_t stride = ld;
     const Ahead next = ahead;
-    const A *const x = row(t.z, c0), *const m = t.max;
+    const int64_t from_stride = t.logits.stride;
+    const A *const from = t.logits.data + c0 * from_stride, *const m = t.max;
     A *const to = row(t.u, c0), *const q = sum, *const z_one = sum2;
     over_pixels([&](int64_t i) {
       V Q = load<V>(q + i), Z = load<V>(z_one + i);
       for (int k = 0; k < CB; ++k) {
         next.prefetch(c0 + k, i);
-        const V y = load<V>(x + k * stride + i) - load<V>(m + i), u = exp2_of(y, rate);
+        const V y = load<V>(from + k * from_stride + i) - load<V>(m + i), u = exp2_of(y, rate);
         store(to + k * stride + i, u);
         Q += u;
         if constexpr (POWER > 1) Z += power<POWER>(u);
@@ -525,11 +558,10 @@ class Worker {
       return;
     }
     if (self >= 0) {
-      logits = teachers[self].z;
+      logits = teachers[self].logits;
       peak = teachers[self].max;
     } else {
-      read_with_max(L.exits[e], z, max);
-      logits = z;
+      logits = read_with_max(L.exits[e], z, max);
       peak = max;
     }
     pick();
@@ -571,10 +603,11 @@ class Worker {
   // The logits at the label and at the teachers' argmax, less the maximum.
   void pick() {
     if (L.labels)
-      for (int64_t i = 0; i < width; ++i) label_y[i] = logits[label[i] * ld + i] - peak[i];
+      for (int64_t i = 0; i < width; ++i) label_y[i] = logits.data[label[i] * logits.stride + i] - peak[i];
     if (L.target == Target::argmax)
       for (int r = 0; r < T; ++r)
-        for (int64_t i = 0; i < width; ++i) teachers[r].y[i] = logits[teachers[r].arg[i] * ld + i] - peak[i];
+        for (int64_t i = 0; i < width; ++i)
+          teachers[r].y[i] = logits.data[teachers[r].arg[i] * logits.stride + i] - peak[i];
   }
 
   // The gradient of every loss of exit e at every pixel: its gradient as given x the mean's divisor x the pixel weight.
@@ -609,7 +642,8 @@ class Worker {
     const int64_t stride = ld;
     const Ahead next = ahead;
     const A* const own = POWER ? row(teachers[self].u, c0) : nullptr;
-    const A *const from = logits + c0 * stride, *const m = peak;
+    const int64_t from_stride = logits.stride;
+    const A *const from = logits.data + c0 * from_stride, *const m = peak;
     A *const x = row(z, c0), *const x2 = TWO ? row(z2, c0) : nullptr, *const s1 = sum, *const s2 = sum2;
     const bool smooth_dots = L.labels && smoothing != 0;
     const int count = L.target == Target::argmax ? 0 : T;
@@ -618,7 +652,7 @@ class Worker {
       V y[CB];
       for (int k = 0; k < CB; ++k) {
         next.prefetch(c0 + k, i);
-        y[k] = load<V>(from + k * stride + i) - load<V>(m + i);
+        y[k] = load<V>(from + k * from_stride + i) - load<V>(m + i);
       }
       if constexpr (ONE) {
         V s = load<V>(s1 + i);
