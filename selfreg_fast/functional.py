@@ -532,9 +532,7 @@ def _losses(
 
     for argument, t in (("pixel_weight", pixel_weight), ("class_weight", class_weight)):
         if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{argument}: the fused losses have no gradient for it; detach it, or use backend='reference'"
-            )
+            raise ValueError(f"{argument}: the fused losses have no gradient for it; pass {argument}.detach()")
 
     if first.dim() == 4:
         exits = [

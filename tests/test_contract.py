@@ -215,6 +215,26 @@ def test_what_backends_says_is_what_a_call_meets() -> None:
             _matrix(backend="cpu")
 
 
+def test_weights_that_want_a_gradient_are_refused(backend: Backend) -> None:
+    """A fused loss says that it has no gradient for its weights, rather than giving none in silence."""
+    exits, labels = _exits(backend.device), _labels(backend.device)
+    weights = {
+        "pixel_weight": make_pixel_weight((2, 4, 6), device=backend.device).requires_grad_(),
+        "class_weight": make_class_weight(5, device=backend.device).requires_grad_(),
+    }
+    if backend.fused:
+        for name, weight in weights.items():
+            with pytest.raises(ValueError, match=f"{name}: .*gradient"):
+                srf.mea_loss(exits, labels, backend=backend.name, **{name: weight})
+    else:
+        pixel_weight = weights["pixel_weight"]
+        loss = srf.mea_loss(exits, labels, pixel_weight=pixel_weight, reduction="sum", backend=backend.name)
+        (grad,) = torch.autograd.grad(loss, pixel_weight)
+        expected = srf.mea_loss(exits, labels, reduction="none", backend=backend.name)
+        counted = pixel_weight != 0
+        assert_close(grad[counted], expected[counted], 1e-6)
+
+
 # ----------------------------------------------------------------------------------------- labels
 
 
