@@ -91,6 +91,7 @@ void write_sums(const ExitLoss& launch, const Plan& plan, const std::vector<doub
 const char* cpu_isa() { return kernels().isa; }
 
 void cpu_launch(const ExitLoss& launch) {
+  kernels();  // chosen out here: an exception inside parallel_for would lose its message
   Plan plan;
   plan.pixels = launch.B * launch.H * launch.W;
   const PixelCounts counts = count_pixels(launch, plan.pixels);

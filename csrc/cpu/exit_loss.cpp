@@ -124,7 +124,7 @@ class Worker {
     ld = plan.tile_pixels + 64 / int64_t(sizeof(A));
     teacher_learns = gradient && !L.detach_teacher;
     const int64_t tile = C * ld, per_teacher = tile * (teacher_learns ? 3 : 2) + 10 * ld;
-    const int64_t numbers = tile * (T && soft_two ? 2 : 1) + T * per_teacher + 16 * ld;
+    const int64_t numbers = tile * (T && soft_two ? 2 : 1) + T * per_teacher + 15 * ld;
     memory = static_cast<A*>(aligned_alloc(64, (numbers * sizeof(A) + T * sizeof(Teacher) + 127) / 64 * 64));
     A* p = memory;
     auto take = [&](int64_t n) { return (p += n) - n; };
@@ -134,7 +134,6 @@ class Worker {
          {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out, &f1, &f2})
       *row = take(ld);
     label = reinterpret_cast<Int*>(take(ld));
-    take(ld);  // spare line behind the integers
     teachers = reinterpret_cast<Teacher*>(p + T * per_teacher);
     for (int r = 0; r < T; ++r) {
       Teacher& t = teachers[r];
