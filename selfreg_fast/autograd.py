@@ -13,6 +13,7 @@ from .ops import Options
 
 
 def exit_loss(
+    backend: str,
     exits: Sequence[Tensor],
     labels: Tensor | None,
     class_weight: Tensor | None,
@@ -31,7 +32,7 @@ def exit_loss(
         )
     try:
         total, losses = _ExitLoss.apply(  # type: ignore[no-untyped-call]
-            labels, class_weight, pixel_weight, weights, wanted, options, *exits
+            backend, labels, class_weight, pixel_weight, weights, wanted, options, *exits
         )
         return total, losses
     except (RuntimeError, ValueError):
@@ -71,6 +72,7 @@ class _ExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         labels: Tensor | None,
         class_weight: Tensor | None,
         pixel_weight: Tensor | None,
@@ -83,8 +85,10 @@ class _ExitLoss(torch.autograd.Function):
         # In float16 a gradient already divided by the number of pixels underflows before a loss scaler multiplies it:
         # there the backward recomputes, with the scaled gradient.
         now = wanted if weights and exits[0].dtype != torch.float16 else ()
-        total, losses, grads = ops.exit_loss(exits, labels, class_weight, pixel_weight, None, weights, now, options)
-        ctx.weights, ctx.wanted, ctx.options, ctx.saved = weights, wanted, options, len(grads)
+        total, losses, grads = ops.exit_loss(
+            backend, exits, labels, class_weight, pixel_weight, None, weights, now, options
+        )
+        ctx.backend, ctx.weights, ctx.wanted, ctx.options, ctx.saved = backend, weights, wanted, options, len(grads)
         ctx.save_for_backward(labels, class_weight, pixel_weight, *exits, *grads)
         return total, losses
 
@@ -98,8 +102,7 @@ class _ExitLoss(torch.autograd.Function):
             if not ctx.wanted or (grad_total is None and grad_losses is None):
                 grads = []
             elif grads and grad_total is not None and grad_losses is None:
-                # Never in place: the saved gradients serve again under retain_graph.
-                grads = grads if _is_one(grad_total) else [g * grad_total for g in grads]
+                grads = _scaled(ctx.backend, grads, grad_total)
             else:
                 if grad_total is not None:
                     weights = torch.tensor(ctx.weights, dtype=grad_total.dtype, device=grad_total.device)
@@ -107,7 +110,15 @@ class _ExitLoss(torch.autograd.Function):
                     grad_losses = from_total if grad_losses is None else grad_losses + from_total
                 assert grad_losses is not None
                 grads = ops.exit_loss(
-                    exits, labels, class_weight, pixel_weight, grad_losses.contiguous(), (), ctx.wanted, ctx.options
+                    ctx.backend,
+                    exits,
+                    labels,
+                    class_weight,
+                    pixel_weight,
+                    grad_losses.contiguous(),
+                    (),
+                    ctx.wanted,
+                    ctx.options,
                 )[2]
         if grads and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _OnceDifferentiable.apply(len(grads), *grads, *exits)  # type: ignore[no-untyped-call]
@@ -115,7 +126,7 @@ class _ExitLoss(torch.autograd.Function):
         if grads:
             for i, g in zip(ctx.wanted, grads, strict=True):
                 result[i] = g
-        return None, None, None, None, None, None, *result
+        return None, None, None, None, None, None, None, *result
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -130,6 +141,16 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(
             "selfreg_fast: the fused losses are differentiable once; for second derivatives pass backend='reference'"
         )
+
+
+def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """The saved gradients times `factor`: in place in a graph's last backward, for which nobody keeps them."""
+    if _is_one(factor):
+        return grads
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [g * factor for g in grads]
+    ops.scale_(backend, grads, factor)
+    return grads
 
 
 def _is_one(x: Tensor) -> bool:

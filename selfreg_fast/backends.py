@@ -6,7 +6,9 @@ Importing this module loads the compiled kernels, once. It never raises: what ca
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "_C.abi3.so"
+_CUDA_LIBRARY = _PACKAGE / "_C_cuda.abi3.so"
 _IN_SOURCE_TREE = (_PACKAGE.parent / "setup.py").is_file()
 _REINSTALL = (
     f"pip install -e {_PACKAGE.parent}"
@@ -27,7 +30,7 @@ _REINSTALL = (
 
 
 def build_record() -> dict[str, Any]:
-    """What the installation wrote down: "cpu" ("built" or why not), "torch", "compiler", "isas"; {} if nothing."""
+    """What the installation wrote down: "cpu" and "cuda" ("built" or why not), with what, for what; {} if nothing."""
     try:
         record = json.loads((_PACKAGE / "_build.json").read_text())
     except (OSError, ValueError):
@@ -62,16 +65,51 @@ def _load_cpu() -> str:
     return AVAILABLE
 
 
-_STATUS = {
-    "cuda": "not part of this version: the CUDA kernels come in a later one",
-    "triton": "not part of this version: the Triton kernels come in a later one",
-    "cpu": _load_cpu(),
-    "reference": AVAILABLE,
-}
-CPU_KERNELS = _STATUS["cpu"] == AVAILABLE
+def _load_cuda() -> str:
+    """Loads the CUDA kernels, where this torch has use for them. The operators' schemas come with the CPU kernels."""
+    if CUDA_ON_HOST:
+        torch.ops.load_library(CUDA_ON_HOST)  # type: ignore[no-untyped-call]
+        return AVAILABLE
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: see https://pytorch.org/get-started for one with it"
+    if not CPU_KERNELS:
+        return f"needs the compiled operators, which are missing: {_STATUS['cpu']}"
+    if not _CUDA_LIBRARY.is_file():
+        return f"{build_record().get('cuda', 'its file _C_cuda.abi3.so is missing')}; to reinstall: {_REINSTALL}"
+    try:
+        if str(_CUDA_LIBRARY) not in torch.ops.loaded_libraries:
+            torch.ops.load_library(str(_CUDA_LIBRARY))  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return f"cannot be loaded in torch {torch.__version__}: {error.__cause__ or error}; to reinstall: {_REINSTALL}"
+    return AVAILABLE
 
-# The type of the tensors -> the backends for it, the one that "auto" prefers first.
-_SERVING = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+def _find_triton() -> str:
+    """Whether there is a Triton and anything for it to run on. It is imported by the first call that needs it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if torch.version.cuda is None and not TRITON_INTERPRETED:
+        return f"torch {torch.__version__} is built without CUDA (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    return AVAILABLE
+
+
+# For tests, two backends can compute on CPU tensors: Triton's kernels in its interpreter, and the CUDA kernels where
+# their sources are compiled for the CPU (tests/cuda_on_host) into the library that this variable names.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA_ON_HOST = os.environ.get("SELFREG_FAST_CUDA_ON_HOST", "")
+
+_STATUS = {"cpu": _load_cpu(), "reference": AVAILABLE}
+CPU_KERNELS = _STATUS["cpu"] == AVAILABLE
+_STATUS["cuda"] = _load_cuda()
+_STATUS["triton"] = _find_triton()
+CUDA_KERNELS = _STATUS["cuda"] == AVAILABLE
+TRITON_KERNELS = _STATUS["triton"] == AVAILABLE
+
+# The type of the tensors -> the backends for it, the one that "auto" prefers first. It never goes beyond the reference.
+_SERVING = {
+    "cuda": ("reference",) if CUDA_ON_HOST else ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "reference", *(("triton",) if TRITON_INTERPRETED else ()), *(("cuda",) if CUDA_ON_HOST else ())),
+}
 _AUTO = {device: next(n for n in names if _STATUS[n] == AVAILABLE) for device, names in _SERVING.items()}
 _FALLEN = frozenset(device for device, name in _AUTO.items() if name == "reference")
 _warned: set[str] = set()
@@ -87,7 +125,16 @@ def backends() -> dict[str, str]:
     Returns:
         {"cuda": ..., "triton": ..., "cpu": ..., "reference": ...}: "available", or why not and what to do about it.
     """
-    return dict(_STATUS)
+    states = {name: _STATUS[name] for name in NAMES}
+    for name in ("cuda", "triton"):
+        if states[name] == AVAILABLE and device_of(name) == "cuda" and not torch.cuda.is_available():
+            states[name] = "torch sees no CUDA device on this machine (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
+    return states
+
+
+def device_of(name: str) -> str:
+    """The type of the tensors on which a backend is checked: "cuda" or "cpu"."""
+    return "cpu" if name in _SERVING["cpu"] else "cuda"
 
 
 def choose(name: str, device_type: str) -> str:

@@ -508,7 +508,8 @@ def _losses(
         if class_weight.shape != (first.shape[1],):
             raise ValueError(f"class_weight: expected shape ({first.shape[1]},), got {_shape(class_weight)}")
 
-    if choose(backend, first.device.type) == "reference":
+    chosen = choose(backend, first.device.type)
+    if chosen == "reference":
         if labels is not None and first.device.type == "cpu" and not torch.compiler.is_compiling():
             autograd.check_labels(labels, first.shape[1], ignore_index)
         losses = reference.exit_loss_matrix(
@@ -553,6 +554,7 @@ def _losses(
         reduction=reduction,
     )
     total, losses = autograd.exit_loss(
+        chosen,
         [_as_4d(z) for z in exits],
         None if labels is None else _map_as_3d(labels),
         None if class_weight is None else class_weight.to(dtype).contiguous(),

@@ -1,18 +1,29 @@
 """The operator `selfreg_fast::exit_loss`: one launch for all losses, and all gradients when asked for.
 
-Schema and argument contract: `csrc/ops.cpp`. Here: its Python form, and its fake kernel for `torch.compile`.
+Schema and argument contract: `csrc/ops.cpp`. Here: its Python form on every backend, and its fake kernel for
+`torch.compile`. The Triton kernels serve the same schema under a name of their own, so that they need no compiler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import CPU_KERNELS
+from .backends import CPU_KERNELS, CUDA_KERNELS, CUDA_ON_HOST, TRITON_KERNELS
 
+SCHEMA = (
+    "(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? grad_losses, "
+    "float[] weights, int[] wanted, int[] teachers, float temperature, int target, int ignore_index, "
+    "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) -> (Tensor, Tensor, Tensor[])"
+)
+OPERATORS = {
+    "cpu": "exit_loss",
+    "cuda": "exit_loss_cuda_on_host" if CUDA_ON_HOST else "exit_loss",
+    "triton": "exit_loss_triton",
+}
 TARGETS = {"raw": 0, "renormalized": 1, "argmax": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
@@ -31,6 +42,7 @@ class Options(NamedTuple):
 
 
 def exit_loss(
+    backend: str,
     exits: Sequence[Tensor],
     labels: Tensor | None,
     class_weight: Tensor | None,
@@ -43,6 +55,7 @@ def exit_loss(
     """Losses, their weighted sum, and the gradients of the `wanted` exits.
 
     Args:
+        backend: "cpu", "cuda" or "triton".
         exits: N tensors (B, C, H, W) of one size, any strides.
         labels: (B, H, W) uint8, int32 or int64.
         class_weight: (C,) in the losses' dtype.
@@ -55,7 +68,8 @@ def exit_loss(
     Returns:
         total (), losses (T + 1, N) or (T + 1, N, B, H, W), gradients of exits[i] for i in wanted.
     """
-    result: tuple[Tensor, Tensor, list[Tensor]] = torch.ops.selfreg_fast.exit_loss(
+    operator = getattr(torch.ops.selfreg_fast, OPERATORS[backend])
+    result: tuple[Tensor, Tensor, list[Tensor]] = operator(
         exits,
         labels,
         class_weight,
@@ -99,5 +113,30 @@ def _fake_exit_loss(
     return losses.new_empty(()), losses, [torch.empty_like(exits[i]) for i in wanted]
 
 
+def scale_(backend: str, grads: Sequence[Tensor], factor: Tensor) -> None:
+    """grads *= factor, a scalar tensor, in place. On a GPU that costs a launch, but no memory traffic, where it is 1."""
+    if backend == "cpu":
+        torch._foreach_mul_(list(grads), factor)  # type: ignore[no-untyped-call]
+    elif backend == "cuda":
+        getattr(torch.ops.selfreg_fast, "scale_cuda_on_host_" if CUDA_ON_HOST else "scale_")(grads, factor)
+    else:
+        from . import triton
+
+        triton.scale_(grads, factor)
+
+
+def _triton_exit_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    from . import triton
+
+    return triton.exit_loss(*arguments)
+
+
 if CPU_KERNELS:
     torch.library.register_fake("selfreg_fast::exit_loss", _fake_exit_loss)
+if CUDA_KERNELS and CUDA_ON_HOST:
+    torch.library.register_fake("selfreg_fast::exit_loss_cuda_on_host", _fake_exit_loss)
+if TRITON_KERNELS:
+    _library = torch.library.Library("selfreg_fast", "FRAGMENT")
+    _library.define("exit_loss_triton" + SCHEMA)
+    _library.impl("exit_loss_triton", _triton_exit_loss, "CompositeExplicitAutograd")
+    torch.library.register_fake("selfreg_fast::exit_loss_triton", _fake_exit_loss, lib=_library)

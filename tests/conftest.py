@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from support import Backend
 
 import selfreg_fast as srf
+from selfreg_fast.backends import device_of
 
 settings.register_profile(
     "ci", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -46,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if state != "available":
         say = pytest.fail if request.param in request.config.getoption("--require-backend") else pytest.skip
         say(f"{request.param}: {state}")
-    return Backend(request.param, "cuda" if request.param in ("cuda", "triton") else "cpu")
+    return Backend(request.param, device_of(request.param))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import functional, reference
-from ..backends import AVAILABLE, NAMES, backends
+from ..backends import AVAILABLE, NAMES, backends, device_of
 from ..reference import SelfRegulationOutput
 
 STEP = 1e-5  # of the central differences: they err by about 1e-10
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(case: Case, backend: str) -> Outcome:
     """Compares one gradient on one backend."""
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    device = device_of(backend)
     fixed = [z.to(device) for z in case.inputs]
     learning = [z.clone().requires_grad_() for z in fixed]
 
