@@ -86,6 +86,15 @@ void write_sums(const ExitLoss& launch, const Plan& plan, const std::vector<doub
   }
 }
 
+template <class A>
+void write_total(const ExitLoss& launch) {
+  double total = 0;
+  for (int64_t entry = 0; launch.total_weights && entry < int64_t(launch.T + 1) * launch.N; ++entry)
+    if (launch.total_weights[entry] != 0)
+      total += launch.total_weights[entry] * double(static_cast<const A*>(launch.losses)[entry]);
+  *static_cast<A*>(launch.total) = A(total);
+}
+
 }  // namespace
 
 const char* cpu_isa() { return kernels().isa; }
@@ -114,8 +123,10 @@ void cpu_launch(const ExitLoss& launch) {
     kernels().run(launch, plan, begin, end, partial.data());
   });
 
-  if (launch.reduction == Reduction::none) return;
-  launch.dtype == DType::float64 ? write_sums<double>(launch, plan, partial) : write_sums<float>(launch, plan, partial);
+  const bool is_double = launch.dtype == DType::float64;
+  if (launch.reduction != Reduction::none)
+    is_double ? write_sums<double>(launch, plan, partial) : write_sums<float>(launch, plan, partial);
+  is_double ? write_total<double>(launch) : write_total<float>(launch);
 }
 
 }  // namespace selfreg

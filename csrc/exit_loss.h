@@ -42,7 +42,9 @@ struct ExitLoss {
   int64_t ignore_index;
   bool mask_soft, detach_teacher;
 
-  void* losses;  // [T + 1, N] of A, or [T + 1, N, B, H, W] with Reduction::none
+  const double* total_weights;  // [T + 1, N], or null: the total is 0
+  void* losses;                 // [T + 1, N] of A, or [T + 1, N, B, H, W] with Reduction::none
+  void* total;                  // [] of A: sum of total_weights * losses, without those of weight 0
 };
 
 // Phase 0 finds what the means divide by. A label loss: the sum of pixel_weight * class_weight[label] over pixels that

@@ -1,0 +1,111 @@
+// What the CUDA kernels are given, and how their blocks are laid out. launch.cu fills it, exit_loss.cuh reads it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../exit_loss.h"
+
+namespace selfreg {
+
+constexpr int kMaxExits = 16;  // so that everything travels as kernel parameters, which end at 4 KB
+
+// A tensor (C, pixels): pixel (i0, i1, i2) of channel c is at c * channel + i0 * step[0] + i1 * step[1] + i2 * step[2].
+struct PixelView {
+  void* data;
+  int64_t channel, step[3];
+};
+
+// Where a block keeps what in shared memory, counted in numbers of A. What has a dimension of threads is theirs alone.
+struct SharedLayout {
+  int32_t targets;   // [T, rows, threads, V]
+  int32_t scalars;   // [T, 3, P, threads]
+  int32_t said;      // [N, 2, P, threads], where teachers learn
+  int32_t sums;      // [T + 1, N, pixel threads]
+  int32_t gains;     // [T + 1, N], of the whole block
+  int32_t exchange;  // [2, P, threads], where several threads share a pixel
+  int32_t staged;    // [threads, C] of the storage type, Layout::staged
+  int32_t total;
+};
+
+template <class A>
+struct Args {
+  PixelView exits[kMaxExits], grads[kMaxExits];
+  int32_t order[kMaxExits];     // exits in the order they are processed: the last teacher, the other teachers, the rest
+  int32_t teachers[kMaxExits];  // [T]
+  A weights[(kMaxExits + 1) * kMaxExits];  // [T + 1, N], where grad_losses is null
+  int32_t N, T, C;
+  int64_t pixels, size[3];  // pixels = size[0] * size[1] * size[2], the dimensions of `step`
+  int32_t dims;             // how many of them are not 1; those come last
+
+  const void* labels;  // [pixels], or null
+  LabelType label_type;
+  const A* class_weight;  // [C], or null
+  const A* pixel_weight;  // [pixels], or null
+  const A* grad_losses;   // [T + 1, N], or [T + 1, N, pixels] with Reduction::none, or null
+  Target target;
+  Reduction reduction;
+  A tau, rate_tau;          // temperature, log2(e) / temperature
+  A hot_weight, smoothing;  // what label smoothing leaves at the label, and gives to every class
+  int64_t ignore_index;
+  bool mask_soft, teacher_learns;
+
+  const double* counts;  // [count_blocks, 2]: phase 0's sums for label and soft losses; null: nothing to divide by
+  int32_t count_blocks;
+  double soft_norm;  // of soft losses where `counts` is null
+  double* norm;      // [2], what the sums of label and of soft losses are multiplied by; written for phase 3
+  double* partial;   // [T + 1, N, blocks]: each block's sums of losses
+  A* maps;           // [T + 1, N, pixels] with Reduction::none
+
+  int32_t groups;  // Layout::planes: over how many threads the channels of a pixel are spread
+  int32_t rows;    // accesses in which a thread covers its channels
+  SharedLayout at;
+};
+
+// How the threads of a block share pixels and channels.
+enum class Layout {
+  planes,  // neighbouring threads on neighbouring pixels, channels `groups` apart; any strides
+  staged,  // channels_last, few channels: a thread a pixel; a warp's rows go through shared memory
+  lanes,   // channels_last: the channels of a pixel across some lanes of a warp
+};
+
+// The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels in planes, channels in lanes.
+// kWhole: they are all the thread has to do with, and stay in registers; else it takes one block of channels after the
+// other, and every pass reads them again.
+template <Layout layout, int K_, int V_, int lanes, bool whole>
+struct Shape {
+  static constexpr Layout kLayout = layout;
+  static constexpr int K = K_, V = V_, kLanes = lanes;
+  static constexpr bool kWhole = whole;
+  static constexpr int kPixels = layout == Layout::lanes ? 1 : V;  // of a thread
+  static constexpr int kAccesses = layout == Layout::lanes ? K / V : K;
+  // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
+  static constexpr int kMaxThreads = layout != Layout::planes || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
+  static constexpr int kMinBlocks = kMaxThreads > 128 ? 1
+                                    : !whole          ? 4
+                                    : K * V <= 8      ? 6
+                                    : K * V <= 16     ? 5
+                                    : K < 32          ? 4
+                                                      : 3;
+};
+
+template <class Shape, class A>
+SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
+  const int pixel_threads = threads / (Shape::kLayout == Layout::lanes ? Shape::kLanes : a.groups);
+  const int per_thread = threads * Shape::kPixels;
+  SharedLayout at{};
+  auto take = [&at](int numbers) {
+    const int begin = at.total;
+    at.total += (numbers + 3) / 4 * 4;
+    return begin;
+  };
+  at.targets = take(Shape::kWhole && a.target != Target::argmax ? a.T * a.rows * threads * Shape::V : 0);
+  at.scalars = take(a.T * 3 * per_thread);
+  at.said = take(a.teacher_learns ? a.N * 2 * per_thread : 0);
+  at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * pixel_threads);
+  at.gains = take((a.T + 1) * a.N);
+  at.exchange = take(Shape::kLayout == Layout::planes && a.groups > 1 ? 2 * per_thread : 0);
+  at.staged = take(Shape::kLayout == Layout::staged ? (threads * a.C * storage_bytes + 15) / int(sizeof(A)) : 0);
+  return at;
+}
+
+}  // namespace selfreg

@@ -1,0 +1,25 @@
+// The CUDA backend's interface to the operator: nothing in here knows of torch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../exit_loss.h"
+
+namespace selfreg {
+
+constexpr int kMaxCudaExits = 16;
+
+int64_t cuda_workspace_bytes(const ExitLoss& launch);
+
+// Enqueues the launch. `workspace` holds cuda_workspace_bytes(launch), and must live until the stream has passed.
+cudaError_t cuda_launch(const ExitLoss& launch, void* workspace, int device, cudaStream_t stream);
+
+// data[i][0 .. numel[i]) *= *factor, a number of A; where that is 1, nothing is read or written.
+struct ScaleArgs {
+  void* data[kMaxCudaExits];
+  int64_t numel[kMaxCudaExits];
+  const void* factor;
+};
+cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStream_t stream);
+
+}  // namespace selfreg

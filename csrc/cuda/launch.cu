@@ -1,0 +1,287 @@
+// The CUDA backend's launch: its plan, phase 0 over the labels, phase 3 in a fixed order; and the scaling of gradients.
+#include <algorithm>
+
+#include "cuda_launch.h"
+#include "device.h"
+#include "launch.h"
+
+namespace selfreg {
+namespace {
+
+constexpr int64_t kMaxCountBlocks = 512;
+constexpr int kThreads = 256;
+
+// ---- plan ------------------------------------------------------------------------------------------------------
+
+// The dimensions B, H, W, as few as describe the pixels of all views.
+template <class A>
+void merge_dimensions(const ExitLoss& L, Args<A>& args) {
+  const int64_t sizes[3] = {L.B, L.H, L.W};
+  PixelView* views[2 * kMaxExits];
+  int count = 0;
+  for (int e = 0; e < L.N; ++e) {
+    for (auto [from, to] : {std::pair{&L.exits[e], &args.exits[e]}, {&L.grads[e], &args.grads[e]}}) {
+      *to = {from->data, from->stride_c, {from->stride_b, from->stride_h, from->stride_w}};
+      if (from->data) views[count++] = to;
+    }
+  }
+  int last = 3;  // dimensions [last, 3) are merged
+  for (int d = 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    const bool merges =
+        last < 3 &&
+        std::all_of(
+            views, views + count, [&](const PixelView* v) { return v->step[d] == v->step[last] * args.size[last]; });
+    if (merges) {
+      args.size[last] *= sizes[d];
+    } else {
+      --last;
+      args.size[last] = sizes[d];
+      for (int i = 0; i < count; ++i) views[i]->step[last] = views[i]->step[d];
+    }
+  }
+  for (int d = 0; d < last; ++d) {
+    args.size[d] = 1;
+    for (int i = 0; i < count; ++i) views[i]->step[d] = 0;
+  }
+  args.dims = 3 - last;
+}
+
+// Calls f for the views that the kernel touches; whether it is true for all.
+template <class A, class F>
+bool all_views(const Args<A>& args, F f) {
+  for (int e = 0; e < args.N; ++e)
+    if (!f(args.exits[e]) || (args.grads[e].data && !f(args.grads[e]))) return false;
+  return true;
+}
+
+template <class A>
+void choose_layout(const Args<A>& args, int bytes, Launch<A>& launch) {
+  int rows = 0;  // exits whose channels lie together
+  for (int e = 0; e < args.N; ++e) rows += args.C > 1 && args.exits[e].channel == 1 && args.exits[e].step[2] != 1;
+  launch.layout = 2 * rows > args.N ? Layout::lanes : Layout::planes;
+  const bool lanes = launch.layout == Layout::lanes;
+  if (lanes && args.dims <= 1 && all_views(args, [&](const PixelView& v) {
+        return v.channel == 1 && v.step[2] == args.C && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+      }))
+    launch.layout = Layout::staged;
+  auto fits = [&](int vector) {
+    return (lanes ? args.C : args.size[2]) % vector == 0 && all_views(args, [&](const PixelView& v) {
+             const int64_t together = lanes ? v.channel : v.step[2], apart = lanes ? v.step[2] : v.channel;
+             return together == 1 && apart % vector == 0 && v.step[0] % vector == 0 && v.step[1] % vector == 0 &&
+                    reinterpret_cast<uintptr_t>(v.data) % (vector * bytes) == 0;
+           });
+  };
+  launch.vector = fits(4) ? 4 : fits(2) ? 2 : 1;
+}
+
+// ---- phase 0 ---------------------------------------------------------------------------------------------------
+
+template <class A>
+struct CountArgs {
+  const void* labels;
+  const A *class_weight, *pixel_weight;
+  int64_t pixels, C, ignore_index;
+  bool mask_soft;
+  double* counts;  // [blocks, 2]
+};
+
+template <class A, class Label>
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountArgs<A> a) {
+  double label = 0, soft = 0;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+#pragma unroll 4
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.pixels; i += step) {
+    const double w = a.pixel_weight ? double(a.pixel_weight[i]) : 1.0;
+    const int64_t y = a.labels ? int64_t(static_cast<const Label*>(a.labels)[i]) : a.ignore_index;
+    const bool valid = y != a.ignore_index;
+    if (valid && y >= 0 && y < a.C) label += a.class_weight ? w * double(a.class_weight[y]) : w;
+    if (valid || !a.mask_soft) soft += w;
+  }
+  label = block_sum(label);
+  soft = block_sum(soft);
+  if (threadIdx.x == 0) a.counts[2 * blockIdx.x] = label, a.counts[2 * blockIdx.x + 1] = soft;
+}
+
+template <class... Exp, class... Act>
+void launch_kernel(void (*kernel)(Exp...), dim3 blocks, int threads, cudaStream_t stream, const Act&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <class A>
+int64_t count_pixels(const Args<A>& args, double* counts, int processors, cudaStream_t stream) {
+  const CountArgs<A> count{args.labels, args.class_weight, args.pixel_weight, args.pixels,
+                           args.C,      args.ignore_index, args.mask_soft,    counts};
+  const int64_t most = std::min<int64_t>(2 * processors, kMaxCountBlocks);
+  const int64_t blocks = std::clamp<int64_t>(args.pixels / (4 * kThreads), 1, most);
+  auto kernel = args.label_type == LabelType::uint8   ? count_kernel<A, uint8_t>
+                : args.label_type == LabelType::int32 ? count_kernel<A, int32_t>
+                                                      : count_kernel<A, int64_t>;
+  launch_kernel(kernel, dim3(unsigned(blocks)), kThreads, stream, count);
+  return blocks;
+}
+
+// ---- phase 3 ---------------------------------------------------------------------------------------------------
+
+template <class A>
+struct FinishArgs {
+  const double *partial, *norm;  // [entries, blocks]; [2]
+  int64_t blocks;
+  int32_t entries, N;
+  bool weighted;
+  A weights[(kMaxExits + 1) * kMaxExits];
+  A *losses, *total;  // [entries], []
+};
+
+template <class A>
+__global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ FinishArgs<A> a) {
+  __shared__ A losses[(kMaxExits + 1) * kMaxExits];
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < a.entries; i += blockDim.x / 32) {  // a warp an entry
+    double sum = 0;
+#pragma unroll 8
+    for (int64_t b = lane; b < a.blocks; b += 32) sum += a.partial[i * a.blocks + b];
+    sum = warp_sum(sum);
+    if (lane == 0) a.losses[i] = losses[i] = a.blocks ? A(sum * a.norm[i < a.N ? 0 : 1]) : A(0);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0;
+  if (a.weighted)
+    for (int i = 0; i < a.entries; ++i)
+      if (a.weights[i] != 0) total += double(a.weights[i]) * double(losses[i]);
+  *a.total = A(total);
+}
+
+// ---- the launch ------------------------------------------------------------------------------------------------
+
+struct Workspace {
+  int64_t norm, counts, partial, total;  // numbers of double
+};
+
+Workspace workspace(const ExitLoss& L) {
+  const int64_t blocks = std::min(kMaxBlocks, L.B * L.H * L.W);
+  Workspace w{0, 2, 2 + 2 * kMaxCountBlocks, 0};
+  w.total = w.partial + (L.T + 1) * L.N * blocks;
+  return w;
+}
+
+template <class A>
+cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t stream) {
+  const Workspace at = workspace(L);
+  int64_t blocks = 0;
+  Launch<A> launch{};
+  launch.device = device;
+  launch.stream = stream;
+  launch.blocks = &blocks;
+  cudaDeviceGetAttribute(&launch.processors, cudaDevAttrMultiProcessorCount, device);
+
+  Args<A> args{};
+  args.N = L.N, args.T = L.T, args.C = int32_t(L.C);
+  args.pixels = L.B * L.H * L.W;
+  merge_dimensions(L, args);
+  choose_layout(args, L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2, launch);
+  int place = 0;
+  for (int r = L.T; r-- > 0;) args.order[place++] = args.teachers[r] = L.teachers[r];
+  for (int e = 0; e < L.N; ++e)
+    if (std::find(L.teachers, L.teachers + L.T, e) == L.teachers + L.T) args.order[place++] = e;
+  args.labels = L.labels;
+  args.label_type = L.label_type;
+  args.class_weight = static_cast<const A*>(L.class_weight);
+  args.pixel_weight = static_cast<const A*>(L.pixel_weight);
+  args.grad_losses = static_cast<const A*>(L.grad_losses);
+  args.target = L.target;
+  args.reduction = L.reduction;
+  args.tau = A(L.temperature);
+  args.rate_tau = A(kLog2e / L.temperature);
+  args.hot_weight = A(1 - L.label_smoothing);
+  args.smoothing = L.labels ? A(L.label_smoothing / double(L.C)) : A(0);
+  args.ignore_index = L.ignore_index;
+  args.mask_soft = L.mask_soft;
+  args.teacher_learns = !L.detach_teacher && (L.grad_losses || L.weights);
+  const int32_t entries = (L.T + 1) * L.N;
+  for (int i = 0; L.weights && i < entries; ++i) args.weights[i] = A(L.weights[i]);
+  args.norm = room + at.norm;
+  args.partial = room + at.partial;
+  args.maps = L.reduction == Reduction::none ? static_cast<A*>(L.losses) : nullptr;
+
+  if (args.pixels > 0) {
+    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight)) {
+      args.counts = room + at.counts;
+      args.count_blocks = int32_t(count_pixels(args, room + at.counts, launch.processors, stream));
+    }
+    args.soft_norm = 1.0 / double(args.pixels);
+    cudaError_t error;
+    if constexpr (sizeof(A) == 8) {
+      error = launch_exit_loss<double>(launch, args);
+    } else {
+      error = L.dtype == DType::float32   ? launch_exit_loss<float>(launch, args)
+              : L.dtype == DType::float16 ? launch_exit_loss<__half>(launch, args)
+                                          : launch_exit_loss<__nv_bfloat16>(launch, args);
+    }
+    if (error != cudaSuccess) return error;
+  }
+
+  FinishArgs<A> finish{};
+  finish.partial = room + at.partial;
+  finish.norm = room + at.norm;
+  finish.blocks = blocks;
+  finish.N = L.N;
+  if (L.reduction != Reduction::none) {
+    finish.entries = entries;
+    finish.weighted = L.total_weights;
+    for (int i = 0; finish.weighted && i < entries; ++i) finish.weights[i] = A(L.total_weights[i]);
+    finish.losses = static_cast<A*>(L.losses);
+  }
+  finish.total = static_cast<A*>(L.total);
+  launch_kernel(finish_kernel<A>, dim3(1), 512, stream, finish);
+  return cudaGetLastError();
+}
+
+// ---- scaling ---------------------------------------------------------------------------------------------------
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ ScaleArgs a) {
+  using A = typename Accumulator<S>::type;
+  constexpr int V = 16 / sizeof(S);
+  const A factor = *static_cast<const A*>(a.factor);
+  if (factor == A(1)) return;
+  S* const data = static_cast<S*>(a.data[blockIdx.y]);
+  const int64_t numel = a.numel[blockIdx.y], words = numel / V;
+  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = first; i < words; i += step) {
+    A x[V];
+    unpack<S, V>(__ldcs(reinterpret_cast<const uint4*>(data) + i), x);
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] *= factor;
+    store<S, V>(data + i * V, x);
+  }
+  for (int64_t i = words * V + first; i < numel; i += step) data[i] = to_storage<S>(to_number(data[i]) * factor);
+}
+
+}  // namespace
+
+int64_t cuda_workspace_bytes(const ExitLoss& launch) { return workspace(launch).total * int64_t(sizeof(double)); }
+
+cudaError_t cuda_launch(const ExitLoss& launch, void* room, int device, cudaStream_t stream) {
+  double* const numbers = static_cast<double*>(room);
+  return launch.dtype == DType::float64 ? launch_as<double>(launch, numbers, device, stream)
+                                        : launch_as<float>(launch, numbers, device, stream);
+}
+
+cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStream_t stream) {
+  auto kernel = dtype == DType::float64   ? scale_kernel<double>
+                : dtype == DType::float32 ? scale_kernel<float>
+                : dtype == DType::float16 ? scale_kernel<__half>
+                                          : scale_kernel<__nv_bfloat16>;
+  const int64_t most = *std::max_element(args.numel, args.numel + tensors);
+  const int64_t blocks = std::clamp<int64_t>(most / (16 * kThreads), 1, 1024);
+  launch_kernel(kernel, dim3(unsigned(blocks), unsigned(tensors)), kThreads, stream, args);
+  return cudaGetLastError();
+}
+
+}  // namespace selfreg
