@@ -15,9 +15,10 @@ SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name 
 demo: install
 	$(BIN)/selfreg-fast demo $(ARGS)
 
-# Without kernels their tests would be skipped, and all would look well.
+# Without kernels their tests would be skipped, and all would look well. Where there is no GPU, the CUDA and the Triton
+# kernels are tested on the CPU (tests/on_host.py).
 test: install
-	$(BIN)/pytest --require-backend cpu $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
 
 install: $(STAMP)
 

@@ -16,6 +16,8 @@ Environment variables:
     CXX, CXXFLAGS        the compiler (default: the first of g++, clang++, c++), and flags to add, as usual.
     MAX_JOBS             how many compilations to run at once (default: one a core).
 Later, when the package is used:
+    SELFREG_FAST_VALIDATE
+                         1: look for labels out of range on a GPU, too (validate=True of every call).
     SELFREG_FAST_ISA     baseline, avx2 or avx512: the CPU kernels to take instead of the best ones the machine can run.
 """
 

@@ -98,7 +98,7 @@ def _find_triton() -> str:
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_ON_HOST = os.environ.get("SELFREG_FAST_CUDA_ON_HOST", "")
 
-_STATUS = {"cpu": _load_cpu(), "reference": AVAILABLE}
+_STATUS: dict[str, str] = {"cpu": _load_cpu(), "reference": AVAILABLE}
 CPU_KERNELS = _STATUS["cpu"] == AVAILABLE
 _STATUS["cuda"] = _load_cuda()
 _STATUS["triton"] = _find_triton()
@@ -106,7 +106,7 @@ CUDA_KERNELS = _STATUS["cuda"] == AVAILABLE
 TRITON_KERNELS = _STATUS["triton"] == AVAILABLE
 
 # The type of the tensors -> the backends for it, the one that "auto" prefers first. It never goes beyond the reference.
-_SERVING = {
+_SERVING: dict[str, tuple[str, ...]] = {
     "cuda": ("reference",) if CUDA_ON_HOST else ("cuda", "triton", "reference"),
     "cpu": ("cpu", "reference", *(("triton",) if TRITON_INTERPRETED else ()), *(("cuda",) if CUDA_ON_HOST else ())),
 }

@@ -6,6 +6,7 @@ Every function here equals the function of the same name in :mod:`selfreg_fast.r
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "sr_l_loss",
 ]
 
+VALIDATE = os.environ.get("SELFREG_FAST_VALIDATE") == "1"
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
@@ -53,6 +55,7 @@ def exit_loss_matrix(
     reduction: str = "mean",
     detach_teacher: bool = True,
     backend: str = "auto",
+    validate: bool = False,
 ) -> Tensor:
     r"""All label losses and all teacher-to-student losses of N exits, each exit read once.
 
@@ -81,13 +84,16 @@ def exit_loss_matrix(
             where none does. "sum": no division. "none": the weighted map of every entry.
         detach_teacher: True: teachers get no gradient from their students.
         backend: "auto", "cpu", "cuda", "triton" or "reference", see :func:`selfreg_fast.backends`.
+        validate: True: look for labels out of range on a GPU, too, which waits for it. Else such a label makes the loss
+            NaN there. The environment variable SELFREG_FAST_VALIDATE=1 does the same for every call.
 
     Returns:
         (T + 1, N) losses, or (T + 1, N, B, ...) with `reduction="none"`; float32, or float64 for float64 exits;
         differentiable once with respect to the exits.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored.
+        TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored, on a
+            CPU or with `validate`.
         RuntimeError: `backend` is not available here.
 
     Source: Zhang et al., ICCV 2021 (soft targets, rows); Hinton et al., 2015 (`renormalize=True`).
@@ -110,6 +116,7 @@ def exit_loss_matrix(
         reduction=reduction,
         detach_teacher=detach_teacher,
         backend=backend,
+        validate=validate,
     )[1]
 
 
@@ -222,6 +229,7 @@ def mea_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
+    validate: bool = False,
 ) -> Tensor:
     r"""MEA (multi-exit architecture), segmentation part: every exit learns from the labels.
 
@@ -231,8 +239,8 @@ def mea_loss(
         logits: N >= 1 exits (B, C, ...) of class logits, as in :func:`exit_loss_matrix`.
         labels: (B, ...) uint8, int32 or int64.
         exit_weights: N numbers; default 1 for every exit.
-        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, backend: as in
-            :func:`exit_loss_matrix`.
+        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, backend, validate:
+            as in :func:`exit_loss_matrix`.
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
@@ -257,6 +265,7 @@ def mea_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         backend=backend,
+        validate=validate,
     )
 
 
@@ -285,6 +294,7 @@ def self_regulation_loss(
     reduction: str = "mean",
     detach_teacher: bool = True,
     backend: str = "auto",
+    validate: bool = False,
 ) -> SelfRegulationOutput:
     r"""The whole Self-Regulation objective; without `features`, in one launch that also writes the gradients.
 
@@ -305,7 +315,7 @@ def self_regulation_loss(
         seg_weight, cls_weight: weights of MEA's two parts; the defaults are the published code's.
         exit_weights: N numbers, weights of the exits' label losses; default 1.
         temperature, renormalize, target, ignore_index, class_weight, label_smoothing, size, align_corners,
-            pixel_weight, reduction, detach_teacher, backend: as in :func:`exit_loss_matrix`.
+            pixel_weight, reduction, detach_teacher, backend, validate: as in :func:`exit_loss_matrix`.
 
     Returns:
         `SelfRegulationOutput(total, mea, sr_f, sr_l)`: scalars (maps with `reduction="none"`), float32 or float64;
@@ -365,6 +375,7 @@ def self_regulation_loss(
         ignore_index=ignore_index,
         class_weight=None if mea_weight is None else class_weight,
         label_smoothing=0.0 if mea_weight is None else label_smoothing,
+        validate=validate,
         **soft,
         **shared,
     )
@@ -476,6 +487,7 @@ def _losses(
     reduction: str = "mean",
     detach_teacher: bool = True,
     backend: str = "auto",
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The exit-loss matrix and its sum under `weights` (row by row, (T + 1) N numbers), from one launch."""
     n = _count(exits, name)
@@ -509,9 +521,11 @@ def _losses(
             raise ValueError(f"class_weight: expected shape ({first.shape[1]},), got {_shape(class_weight)}")
 
     chosen = choose(backend, first.device.type)
-    if chosen == "reference":
-        if labels is not None and first.device.type == "cpu" and not torch.compiler.is_compiling():
+    on_gpu = first.device.type != "cpu"
+    if labels is not None and ((validate or VALIDATE) if on_gpu else chosen == "reference"):
+        if not torch.compiler.is_compiling():
             autograd.check_labels(labels, first.shape[1], ignore_index)
+    if chosen == "reference":
         losses = reference.exit_loss_matrix(
             exits,
             labels,

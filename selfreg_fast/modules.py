@@ -23,7 +23,7 @@ class SelfRegulationLoss(nn.Module):
 
     Args:
         mea_weight, sr_f_weight, sr_l_weight, seg_weight, cls_weight, temperature, renormalize, target, ignore_index,
-            label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, backend: as in
+            label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, backend, validate: as in
             :func:`selfreg_fast.self_regulation_loss`, same defaults.
         class_weight: (C,) floating, kept as a buffer that moves with the module but is not saved with it.
         image_level_sr_l: True: SR-L is :func:`selfreg_fast.presence_distillation_loss` of the image-level predictions
@@ -58,6 +58,7 @@ class SelfRegulationLoss(nn.Module):
         detach_teacher: bool = True,
         image_level_sr_l: bool = False,
         backend: str = "auto",
+        validate: bool = False,
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -77,6 +78,7 @@ class SelfRegulationLoss(nn.Module):
             "reduction": reduction,
             "detach_teacher": detach_teacher,
             "backend": backend,
+            "validate": validate,
         }
         self.image_level_sr_l = image_level_sr_l
         self.sr_enabled = True

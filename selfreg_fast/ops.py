@@ -114,9 +114,9 @@ def _fake_exit_loss(
 
 
 def scale_(backend: str, grads: Sequence[Tensor], factor: Tensor) -> None:
-    """grads *= factor, a scalar tensor, in place. On a GPU that costs a launch, but no memory traffic, where it is 1."""
+    """grads *= factor, a scalar tensor, in place: on a GPU no more than a launch where it is 1."""
     if backend == "cpu":
-        torch._foreach_mul_(list(grads), factor)  # type: ignore[no-untyped-call]
+        torch._foreach_mul_(list(grads), factor)
     elif backend == "cuda":
         getattr(torch.ops.selfreg_fast, "scale_cuda_on_host_" if CUDA_ON_HOST else "scale_")(grads, factor)
     else:
@@ -126,7 +126,7 @@ def scale_(backend: str, grads: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def _triton_exit_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    from . import triton
+    from . import triton  # takes a second to import, and may never be needed
 
     return triton.exit_loss(*arguments)
 
@@ -136,7 +136,9 @@ if CPU_KERNELS:
 if CUDA_KERNELS and CUDA_ON_HOST:
     torch.library.register_fake("selfreg_fast::exit_loss_cuda_on_host", _fake_exit_loss)
 if TRITON_KERNELS:
-    _library = torch.library.Library("selfreg_fast", "FRAGMENT")
-    _library.define("exit_loss_triton" + SCHEMA)
-    _library.impl("exit_loss_triton", _triton_exit_loss, "CompositeExplicitAutograd")
+    _library = torch.library.Library("selfreg_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library.define("exit_loss_triton" + SCHEMA)  # type: ignore[no-untyped-call]
+    _library.impl(  # type: ignore[no-untyped-call]
+        "exit_loss_triton", _triton_exit_loss, "CompositeExplicitAutograd"
+    )
     torch.library.register_fake("selfreg_fast::exit_loss_triton", _fake_exit_loss, lib=_library)

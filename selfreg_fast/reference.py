@@ -34,6 +34,7 @@ Half-precision exits are computed in float32, as the kernels do; float64 stays f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,11 +116,15 @@ def exit_loss_matrix(
     else:
         labels = labels.long()
         valid = labels != ignore_index
+        known = (labels >= 0) & (
+            labels < first.shape[1]
+        )  # other labels make the loss NaN; on a GPU they end the process
+        labels, unknown = torch.where(known, labels, ignore_index), valid & ~known
         label_weight = torch.where(valid, weight, zero)
         soft_weight = label_weight if mask_soft else weight
         if class_weight is not None:
             class_weight = class_weight.to(first.dtype)
-            norm = label_weight * class_weight[torch.where(valid, labels, 0)]
+            norm = label_weight * class_weight[torch.where(valid & known, labels, 0)]
         else:
             norm = label_weight
         row = []
@@ -132,7 +137,7 @@ def exit_loss_matrix(
                 label_smoothing=label_smoothing,
                 reduction="none",
             )
-            row.append(_reduce(ce, label_weight, norm, reduction))
+            row.append(_reduce(ce.masked_fill(unknown, math.nan), label_weight, norm, reduction))
         rows.append(row)
 
     counted = [_where_counted(z, soft_weight) for z in exits]
@@ -236,7 +241,7 @@ def mea_loss(
 def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
     """1 where a class occurs in an image, else 0: labels (B, ...) to float32 (B, num_classes)."""
     flat = labels.flatten(1).long()
-    valid = flat != ignore_index
+    valid = (flat != ignore_index) & (flat >= 0) & (flat < num_classes)
     present = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device)
     return present.scatter_(1, torch.where(valid, flat, num_classes), 1.0)[:, :num_classes]
 

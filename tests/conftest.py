@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
+import on_host
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import Backend
 
-import selfreg_fast as srf
-from selfreg_fast.backends import device_of
+STAND_INS = on_host.stand_in()  # before selfreg_fast is imported
+
+from support import Backend  # noqa: E402
+
+import selfreg_fast as srf  # noqa: E402
+from selfreg_fast.backends import device_of  # noqa: E402
 
 settings.register_profile(
     "ci", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -28,6 +33,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="fail, rather than skip, where this backend is not available (may be given again)",
     )
+    parser.addoption(
+        "--all-interpreted", action="store_true", help="on Triton's interpreter, run all cases of a test, not a third"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Triton's interpreter is slow: of the many cases of a test it gets every third."""
+    if "triton: interpreted" not in STAND_INS or config.getoption("--all-interpreted"):
+        return
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        name, _, parameters = item.nodeid.partition("[")
+        interpreted = (
+            parameters.startswith("triton") and hasattr(item, "fixturenames") and "backend" in item.fixturenames
+        )
+        seen[name] += interpreted
+        (left_out if interpreted and seen[name] % 3 != 1 else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_configure() -> None:
@@ -37,7 +62,7 @@ def pytest_configure() -> None:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"selfreg_fast {srf.__version__}, {name}: {state}" for name, state in srf.backends().items()]
+    return [f"selfreg_fast {srf.__version__}, {name}: {state}" for name, state in srf.backends().items()] + STAND_INS
 
 
 @pytest.fixture(scope="session", params=("reference", "cpu", "cuda", "triton"))

@@ -24,6 +24,11 @@ class Backend(NamedTuple):
     def fused(self) -> bool:
         return self.name != "reference"
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton without a GPU: right, but a thousand times slower."""
+        return self.name == "triton" and self.device == "cpu"
+
 
 # ---------------------------------------------------------------------------------------------------------- inputs
 

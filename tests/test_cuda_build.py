@@ -1,0 +1,85 @@
+"""The CUDA kernels without a GPU: they compile without spills, and sanitizers find nothing in them on the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import on_host
+import pytest
+
+NVCC = shutil.which("nvcc")
+# One front end for both architectures: the second line is the PTX that newer GPUs compile for themselves.
+ARCHS = ["-gencode", "arch=compute_80,code=[sm_80,sm_90,compute_80]"]
+UNITS = [("launch.cu", [])] + [("exit_loss.cu", [f"-DSELFREG_STORAGE={s}"]) for s in on_host.STORAGE_TYPES]
+STORAGE = {"0": "float", "1": "double", "2": "half", "3": "bfloat16"}
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_no_kernel_spills(tmp_path: Path) -> None:
+    """Every kernel for sm_80 and sm_90: registers are printed, nothing goes to local memory."""
+
+    def compile_one(unit: tuple[str, list[str]]) -> str:
+        name, defines = unit
+        output = tmp_path / f"{name}{''.join(defines)}.fatbin"
+        command = [NVCC, "-std=c++17", "-O3", *ARCHS, "-Xptxas", "-v", *defines, "-fatbin", name, "-o", str(output)]
+        done = subprocess.run(command, cwd=on_host.SOURCES, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert output.stat().st_size > 0
+        return done.stderr
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        reports = list(pool.map(compile_one, UNITS))
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.S,
+    )
+    table, spilling = [], []
+    for (_, defines), report in zip(UNITS, reports, strict=True):
+        found = entry.findall(report)
+        assert {arch for _, arch, *_ in found} == {"sm_80", "sm_90"}
+        for kernel, arch, stack, stores, loads, registers in found:
+            table.append(f"{arch} {STORAGE[defines[0][-1]] if defines else '':9} {_shape(kernel):60} {registers:>4}")
+            if (stack, stores, loads) != ("0", "0", "0"):
+                spilling.append(f"{table[-1]}, {stack} bytes of stack, {stores} + {loads} bytes of spills")
+    print("\n".join(table))
+    assert len(table) > 2 * 60
+    assert not spilling, "\n".join(spilling)
+
+
+def _shape(kernel: str) -> str:
+    """The name of a kernel, or the template arguments of the main one, as they are mangled."""
+    shape = re.search(r"ShapeILNS_6LayoutE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EE", kernel)
+    if shape is None:
+        return kernel[-60:]
+    layout = ("planes", "staged", "lanes")[int(shape[1])]
+    return f"{layout}, K {shape[2]}, V {shape[3]}, lanes {shape[4]}, {'whole' if shape[5] == '1' else 'block by block'}"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_sanitizers_find_nothing(mode: str) -> None:
+    """Every way through the kernels once more: out-of-bounds accesses, undefined behaviour; races between threads."""
+    few = "cuda and (aligned and float32 or odd and bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", few]
+    setarch = ["setarch", "-R"]  # some systems place memory at random, further than the thread sanitizer expects
+    works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
+    done = subprocess.run(
+        [*(setarch if works else []), *command, str(Path(__file__).with_name("test_kernel_shapes.py"))],
+        env={**environment, **on_host.environment(mode)},
+        cwd=on_host.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-8000:]
+    assert "Sanitizer" not in said and "runtime error" not in said, said[-8000:]
+    assert re.search(r"\b1\d\d passed", said), said[-2000:]

@@ -1,0 +1,71 @@
+"""Numbers of channels, layouts and alignments for which a kernel takes another way through the same formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    RELATIVE,
+    Backend,
+    assert_close,
+    in_double,
+    make_class_weight,
+    make_exits,
+    make_labels,
+    make_pixel_weight,
+    smallest,
+    value_and_gradients,
+)
+
+import selfreg_fast as srf
+from selfreg_fast import reference
+
+# Around the borders of rows that stay in registers, are spread over lanes or warps, or are read block by block.
+CHANNELS = (1, 4, 8, 9, 16, 20, 24, 27, 32, 33, 64, 100, 128, 150, 192, 256, 300, 512, 600, 1024, 1100)
+# A size that vectors of four and of two pixels divide, and one that none does; more than a tile where rows are short.
+SIZES = {"aligned": (2, 6, 4), "odd": (1, 5, 7), "tiles": (3, 20, 32)}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "objective": {"teachers": (0, -1), "temperature": 2},
+    "renormalised": {"teachers": (0,), "temperature": 2, "renormalize": True, "label_smoothing": 0.1},
+    "argmax": {"teachers": (1, 0), "target": "argmax"},
+    "learning": {"teachers": (-1,), "temperature": 3, "detach_teacher": False},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped_channels_last"])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_every_way_through_the_kernels(
+    backend: Backend, channels: int, layout: str, size: str, dtype: torch.dtype
+) -> None:
+    """Value and gradients, with labels and without, of one option for each case, in turn."""
+    if size == "tiles" and channels > 32:
+        size = "odd"
+    if backend.interpreted and (dtype != torch.float32 or size != "odd" or layout == "contiguous"):
+        pytest.skip("triton, interpreted: one dtype, size and layout for each number of channels")
+    batch, *spatial = shape = SIZES[size]
+    name = list(OPTIONS)[(channels + len(layout) + len(size)) % len(OPTIONS)]
+    exits = make_exits(3, (batch, channels, *spatial), dtype=dtype, device=backend.device, layout=layout)
+    kwargs = dict(OPTIONS[name])
+    if (channels + len(size)) % 3:
+        kwargs["labels"] = make_labels(shape, channels, ignore_index=-1, device=backend.device)
+        kwargs["ignore_index"] = -1
+        kwargs["class_weight"] = make_class_weight(channels, device=backend.device)
+    if channels % 2:
+        kwargs["pixel_weight"] = make_pixel_weight(shape, device=backend.device)
+    factor = batch * spatial[0] * spatial[1]
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, **in_double(kwargs)), [z.double() for z in exits], "random", factor
+    )
+    actual = value_and_gradients(
+        lambda e: srf.exit_loss_matrix(e, backend=backend.name, **kwargs), exits, "random", factor
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert_close(actual[0], exact[0], RELATIVE[wide], smallest(wide), f"{name}: value")
+    for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        # Rounding where sigma - target cancels, which for one class it does everywhere.
+        floor = smallest(dtype) + 64 * torch.finfo(wide).eps / channels
+        assert_close(a, e, RELATIVE[dtype], floor, f"{name}: gradient of exit {i}")

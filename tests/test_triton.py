@@ -1,0 +1,245 @@
+"""The Triton kernels as a GPU would get them: compiled for sm_90 on any machine, without spills, once for all sizes.
+
+Their results are compared with the reference in the other files, on a GPU or in Triton's interpreter. Here a process of
+its own runs the real launchers on CPU tensors, with a driver that compiles for an H100 and launches nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+Report = dict[str, Any]
+
+# What compiles: C, dtype, and how it differs from five exits, of which the first and the last teach, with labels.
+LAUNCHES: dict[str, Report] = {
+    "19-float32": {"channels": 19, "dtype": "float32"},
+    "21-float32": {"channels": 21, "dtype": "float32"},
+    "21-bfloat16": {"channels": 21, "dtype": "bfloat16"},
+    "21-float16-recomputed": {"channels": 21, "dtype": "float16", "recompute": True},
+    "21-float32-temperature": {"channels": 21, "dtype": "float32", "temperature": 2.0},
+    "21-float32-renormalised": {"channels": 21, "dtype": "float32", "temperature": 2.0, "target": 1},
+    "21-float32-argmax": {"channels": 21, "dtype": "float32", "target": 2},
+    "21-float32-learning": {"channels": 21, "dtype": "float32", "temperature": 2.0, "detach": False},
+    "21-float32-weights": {"channels": 21, "dtype": "float32", "weights": True, "smoothing": 0.1},
+    "21-bfloat16-channels_last": {"channels": 21, "dtype": "bfloat16", "channels_last": True},
+    "21-float32-maps": {"channels": 21, "dtype": "float32", "recompute": True, "reduction": 2},
+    "150-float32": {"channels": 150, "dtype": "float32"},
+    "150-bfloat16": {"channels": 150, "dtype": "bfloat16"},
+    "150-float64": {"channels": 150, "dtype": "float64"},
+}
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, list[Report]]:
+    return _in_a_process_of_its_own("launches")
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> None:
+    """No kernel of a training step keeps registers in memory."""
+    kernels = compiled[name]
+    assert "exit_loss_kernel" in {k["kernel"] for k in kernels}
+    for k in kernels:
+        print(f"{name}: {k['kernel']}: {k['registers']} registers, {k['shared']} bytes shared")
+        assert k["stack"] == 0, k
+
+
+def test_crops_of_any_size_need_no_further_compilation() -> None:
+    """20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights."""
+    counts: dict[str, int] = _in_a_process_of_its_own("crops")
+    assert counts["exit_loss_kernel"] >= 1
+    assert all(count <= 3 for count in counts.values()), counts
+
+
+def test_warmup_compiles_what_a_step_needs() -> None:
+    """After `warmup`, a step on real sizes compiles nothing."""
+    before, after = _in_a_process_of_its_own("warmup")
+    assert before["exit_loss_kernel"] == 1
+    assert before == after
+
+
+def test_strides_beyond_32_bits_are_kept() -> None:
+    """Offsets of 2^31 elements and more: what the launcher tells the kernel."""
+    assert _in_a_process_of_its_own("strides") == {"near": False, "far": True, "far_image": False}
+
+
+def _in_a_process_of_its_own(task: str) -> Any:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [p for p in sys.path if p and Path(p).is_dir()]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with tempfile.TemporaryDirectory() as cache:
+        environment.setdefault("TRITON_CACHE_DIR", cache)
+        run = subprocess.run(
+            [sys.executable, __file__, task], env=environment, capture_output=True, text=True, timeout=600
+        )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------- in the other process
+
+
+def _compile_only() -> Any:
+    """Makes every launch a compilation for sm_90. Returns the module of the launchers."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    driver.set_active(Driver())
+    run = JITFunction.run
+
+    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_it  # type: ignore[method-assign]
+    import selfreg_fast.triton as launchers
+
+    return launchers
+
+
+def _kernels(launchers: Any) -> dict[str, Any]:
+    from triton.runtime.jit import JITFunction
+
+    return {name: kernel for name, kernel in vars(launchers.kernels).items() if isinstance(kernel, JITFunction)}
+
+
+def _binaries(launchers: Any) -> list[tuple[str, Any]]:
+    """What has been compiled so far."""
+    kernels = _kernels(launchers).items()
+    return [
+        (name, b) for name, kernel in kernels if 0 in kernel.device_caches for b in kernel.device_caches[0][0].values()
+    ]
+
+
+def _counts(launchers: Any) -> dict[str, int]:
+    names = [name for name, _ in _binaries(launchers)]
+    return {name: names.count(name) for name in names}
+
+
+def _step(
+    launchers: Any,
+    size: tuple[int, int, int],
+    channels: int,
+    dtype: str,
+    *,
+    temperature: float = 1.0,
+    target: int = 0,
+    detach: bool = True,
+    weights: bool = False,
+    smoothing: float = 0.0,
+    recompute: bool = False,
+    channels_last: bool = False,
+    reduction: int = 0,
+    ignore_index: int = 255,
+    weight: float = 0.8,
+) -> None:
+    """Five exits of one training step: forward and gradient."""
+    import torch
+
+    b, h, w = size
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    exits = [torch.empty((b, channels, h, w), dtype=getattr(torch, dtype), memory_format=layout) for _ in range(5)]
+    accurate = torch.float64 if dtype == "float64" else torch.float32
+    labels = torch.zeros(size, dtype=torch.int64)
+    class_weight = torch.ones(channels, dtype=accurate) if weights else None
+    pixel_weight = torch.ones(size, dtype=accurate) if weights else None
+    options = ([0, 4], temperature, target, ignore_index, smoothing, False, detach, reduction)
+    if recompute:
+        losses = launchers.exit_loss(exits, labels, class_weight, pixel_weight, None, (), (), *options)[1]
+        launchers.exit_loss(exits, labels, class_weight, pixel_weight, losses, (), range(5), *options)
+        return
+    total, _, grads = launchers.exit_loss(
+        exits, labels, class_weight, pixel_weight, None, [weight] * 15, range(5), *options
+    )
+    launchers.scale_(grads, total)
+
+
+def _resources(binary: Any) -> Report:
+    """Registers, stack and shared memory, by cuobjdump, which comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
+    return {"registers": numbers["REG"], "stack": numbers["STACK"], "shared": binary.metadata.shared}
+
+
+def _launches(launchers: Any) -> dict[str, list[Report]]:
+    result, known = {}, {}
+    for name, launch in LAUNCHES.items():
+        for kernel in _kernels(launchers).values():
+            kernel.device_caches.clear()
+        _step(launchers, (2, 33, 65), **launch)
+        for _, binary in _binaries(launchers):
+            if binary.hash not in known:
+                known[binary.hash] = _resources(binary)
+        result[name] = [{"kernel": kernel, **known[binary.hash]} for kernel, binary in _binaries(launchers)]
+    return result
+
+
+def _crops(launchers: Any) -> dict[str, int]:
+    import random
+
+    rng = random.Random(0)
+    sizes = [(rng.choice((1, 4)), rng.randint(1, 200), rng.randint(1, 200)) for _ in range(16)]
+    sizes += [(4, 128, 128), (2, 1, 1), (1, 16, 16), (16, 3, 1)]
+    for i, size in enumerate(sizes):
+        options = {"ignore_index": 255 - i, "weight": 0.1 * i, "temperature": 1.5 + i}
+        _step(launchers, size, 21, "float32", **options)
+    return _counts(launchers)
+
+
+def _warmup(launchers: Any) -> list[dict[str, int]]:
+    launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu")
+    before = _counts(launchers)
+    _step(launchers, (3, 97, 64), 21, "bfloat16")
+    return [before, _counts(launchers)]
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _strides(launchers: Any) -> dict[str, bool]:
+    import torch
+
+    result = {}
+    views = {"near": (1 << 24, 1 << 20, 1024, 1), "far": (1 << 40, 1 << 30, 1024, 1), "far_image": (1 << 33, 64, 8, 1)}
+    for name, strides in views.items():
+        exit = torch.empty_strided((2, 21, 8, 8), strides, device="meta")
+        sizes, found, order = launchers._runs(exit.shape, [exit], [None])
+        result[name] = launchers._layout(sizes, found, order, 4, 128)["WIDE"]
+    return result
+
+
+if __name__ == "__main__":
+    tasks = {"launches": _launches, "crops": _crops, "warmup": _warmup, "strides": _strides}
+    print(json.dumps(tasks[sys.argv[1]](_compile_only())))
