@@ -11,6 +11,9 @@ from torch import Tensor
 from . import ops
 from .ops import Options
 
+# Whether the backward that runs was asked to retain its graph. torch's own, but not public: it may go.
+_KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
 
 def exit_loss(
     backend: str,
@@ -105,8 +108,9 @@ class _ExitLoss(torch.autograd.Function):
                 grads = _scaled(ctx.backend, grads, grad_total)
             else:
                 if grad_total is not None:
-                    weights = torch.tensor(ctx.weights, dtype=grad_total.dtype, device=grad_total.device)
-                    from_total = grad_total * weights.view(-1, len(exits))
+                    # Not a tensor of the weights: making one on a GPU waits for it.
+                    parts = torch._foreach_mul([grad_total] * len(ctx.weights), list(ctx.weights))
+                    from_total = torch.stack(parts).view(-1, len(exits))
                     grad_losses = from_total if grad_losses is None else grad_losses + from_total
                 assert grad_losses is not None
                 grads = ops.exit_loss(
@@ -147,7 +151,7 @@ def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:
     """The saved gradients times `factor`: in place in a graph's last backward, for which nobody keeps them."""
     if _is_one(factor):
         return grads
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _KEEPS_GRAPH is None or _KEEPS_GRAPH():
         return [g * factor for g in grads]
     ops.scale_(backend, grads, factor)
     return grads

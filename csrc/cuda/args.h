@@ -17,8 +17,8 @@ struct PixelView {
 
 // Where a block keeps what in shared memory, counted in numbers of A. What has a dimension of threads is theirs alone.
 struct SharedLayout {
-  int32_t targets;   // [T, rows, threads, V]
-  int32_t scalars;   // [T, 3, P, threads]
+  int32_t targets;   // [T, threads, kTargetRow]
+  int32_t scalars;   // [T, 4, P, threads]
   int32_t said;      // [N, 2, P, threads], where teachers learn
   int32_t sums;      // [T + 1, N, pixel threads]
   int32_t gains;     // [T + 1, N], of the whole block
@@ -78,14 +78,15 @@ struct Shape {
   static constexpr bool kWhole = whole;
   static constexpr int kPixels = layout == Layout::lanes ? 1 : V;  // of a thread
   static constexpr int kAccesses = layout == Layout::lanes ? K / V : K;
+  // A thread's target row in shared memory: an odd number of accesses, so that a warp's threads meet in no bank.
+  static constexpr int kTargetRow = (kAccesses | 1) * V;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
   static constexpr int kMaxThreads = layout != Layout::planes || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
-  static constexpr int kMinBlocks = kMaxThreads > 128 ? 1
-                                    : !whole          ? 4
-                                    : K * V <= 8      ? 6
-                                    : K * V <= 16     ? 5
-                                    : K < 32          ? 4
-                                                      : 3;
+  static constexpr int kMinBlocks = kMaxThreads > 128      ? 1
+                                    : !whole || K * V > 24 ? 3
+                                    : K * V <= 8           ? 6
+                                    : K * V <= 16          ? 5
+                                                           : 4;
 };
 
 template <class Shape, class A>
@@ -98,8 +99,8 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
     at.total += (numbers + 3) / 4 * 4;
     return begin;
   };
-  at.targets = take(Shape::kWhole && a.target != Target::argmax ? a.T * a.rows * threads * Shape::V : 0);
-  at.scalars = take(a.T * 3 * per_thread);
+  at.targets = take(Shape::kWhole && a.target != Target::argmax ? a.T * threads * Shape::kTargetRow : 0);
+  at.scalars = take(a.T * 4 * per_thread);
   at.said = take(a.teacher_learns ? a.N * 2 * per_thread : 0);
   at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * pixel_threads);
   at.gains = take((a.T + 1) * a.N);

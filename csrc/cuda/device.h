@@ -125,6 +125,16 @@ SELFREG_DEVICE void store(S* p, const A (&from)[V]) {
   __stcs(reinterpret_cast<W*>(p), pack<S, V>(from));
 }
 
+// Likewise in shared memory, as single accesses.
+template <int V, class A>
+SELFREG_DEVICE void load_shared(const A* p, A (&to)[V]) {
+  unpack<A, V>(*reinterpret_cast<const typename Word<sizeof(A) * V>::type*>(p), to);
+}
+template <int V, class A>
+SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
+  *reinterpret_cast<typename Word<sizeof(A) * V>::type*>(p) = pack<A, V>(from);
+}
+
 // ---- sums over a block, the same at every run ------------------------------------------------------------------
 
 SELFREG_DEVICE double warp_sum(double x) {

@@ -130,11 +130,12 @@ struct Worker {
 
   // Columns of shared memory.
   SELFREG_DEVICE A* target(int r, int i) const {
-    return shared + a.at.targets + ((r * a.rows + i) * threads() + thread()) * V;
+    return shared + a.at.targets + (r * threads() + thread()) * Shape::kTargetRow + i * V;
   }
-  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor };  // P of a target row; m of its logits; log2 of its factor
+  // P of a target row; m of its logits, or their argmax; log2 of its factor; its dot product with the exit at hand.
+  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor, kDot, kScalars };
   SELFREG_DEVICE A& scalar(int r, Scalar s, int p) const {
-    return shared[a.at.scalars + ((r * 3 + s) * P + p) * threads() + thread()];
+    return shared[a.at.scalars + ((r * kScalars + s) * P + p) * threads() + thread()];
   }
   enum Said { kPeak, kLogNormalizer };
   SELFREG_DEVICE A& saying(int e, Said s, int p) const {
@@ -215,7 +216,8 @@ struct Worker {
     return to_number(__ldg(from + c * view.channel + (kLayout == Layout::lanes ? 0 : p)));  // V pixels lie side by side
   }
 
-  // Logits of exit e, which lies at `from`, from channel c0 on; `again`: they will be read once more.
+  // Logits of exit e, which lies at `from`, from channel c0 on, the lowest number where there is no channel; `again`:
+  // they will be read once more.
   SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) const {
     bool any = false, all = true;
 #pragma unroll
@@ -225,7 +227,7 @@ struct Worker {
       copy_rows(static_cast<const S*>(a.exits[e].data), rows, again);
       const S* const row = rows + threadIdx.x % 32 * C;
 #pragma unroll
-      for (int i = 0; i < I; ++i) to[i][0] = any && exists(i) ? to_number(row[i]) : A(0);
+      for (int i = 0; i < I; ++i) to[i][0] = !any ? A(0) : exists(i) ? to_number(row[i]) : kLowest<A>;
       __syncwarp();
     } else if (!any) {
       each([&](int i, int v) { to[i][v] = 0; });
@@ -239,7 +241,7 @@ struct Worker {
             load<S, V, decltype(once)::value>(p, to[i]);
           } else {
 #pragma unroll
-            for (int v = 0; v < V; ++v) to[i][v] = 0;
+            for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
           }
         }
       };
@@ -248,7 +250,7 @@ struct Worker {
       } else {
         load_all(std::true_type());
       }
-      if (!all) each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
+      if (__builtin_expect(!all, false)) each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
     }
   }
 
@@ -314,11 +316,7 @@ struct Worker {
     origin = origin_of(a.exits[e]);
 #pragma unroll
     for (int p = 0; p < P; ++p) m[p] = kLowest<A>;
-    auto update = [&] {
-      each([&](int i, int v) {
-        if (exists(i)) m[pixel_of(v)] = larger(m[pixel_of(v)], z[i][v]);
-      });
-    };
+    auto update = [&] { each([&](int i, int v) { m[pixel_of(v)] = larger(m[pixel_of(v)], z[i][v]); }); };
     if constexpr (kWhole) {
       load_block(e, origin, z, again);
       update();
@@ -354,8 +352,8 @@ struct Worker {
     if constexpr (kWhole) {
 #pragma unroll
       for (int i = 0; i < I; ++i) {
-        if (!exists(i)) continue;
-        const A* const q = target(r, i);
+        A q[V];
+        load_shared(target(r, i), q);
 #pragma unroll
         for (int v = 0; v < V; ++v) f(i, v, q[v]);
       }
@@ -397,10 +395,10 @@ struct Worker {
     if constexpr (kWhole) {
 #pragma unroll
       for (int i = 0; i < I; ++i) {
-        if (!exists(i)) continue;
-        A* const q = target(r, i);
+        A q[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) q[v] = exp2_fast(z[i][v] * a.rate_tau + log_factor[pixel_of(v)]);
+        store_shared(target(r, i), q);
       }
     }
   }
@@ -462,26 +460,39 @@ struct Worker {
     const bool with_losses = !as_teacher;
     const bool with_gradient = a.grads[e].data && (a.teacher_learns && self >= 0) == as_teacher;
 
-    // Sums of exponentials. All losses share exp(y), or exp(y / tau); only label losses beside renormalised ones need
-    // both.
-    const bool both = a.labels && soft_two() && a.T > 0;
-    const A rate = soft_two() && !a.labels ? a.rate_tau : A(kLog2e);
-    A label_y[P] = {}, Z[P] = {}, soft_Z[P] = {}, smooth_dot[P] = {};
+    // Dot products with the targets.
+    A label_y[P] = {}, smooth_dot[P] = {};
 #pragma unroll
     for (int p = 0; p < P; ++p)
       if (label_w[p] != 0) label_y[p] = number(origin, a.exits[e], p, label[p]) - m[p];
-    over_blocks(e, [&] {
-      each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], rate); });
-      if (both) each([&](int i, int v) { soft_Z[pixel_of(v)] += exp2_of(z[i][v], a.rate_tau); });
-      if (a.smoothing != 0)
+    if (with_losses)
+      for (int r = 0; r < a.T; ++r)
+        if (teaches(r, e)) dot_with_target(r, e);
+    if (a.smoothing != 0) {
+      over_blocks(e, [&] {
         each([&](int i, int v) {
           const A w = exists(i) ? class_weight(channel(i, v)) : A(0);
           if (w != 0) smooth_dot[pixel_of(v)] += w * z[i][v];
         });
+      });
+      sum_across_groups(smooth_dot);
+    }
+
+    // Sums of exponentials. All losses share exp(y), or exp(y / tau); only label losses beside renormalised ones need
+    // both. A whole row of those that all share then takes the place of y.
+    const bool both = a.labels && soft_two() && a.T > 0, in_place = kWhole && !both;
+    const A rate = soft_two() && !a.labels ? a.rate_tau : A(kLog2e);
+    A Z[P] = {}, soft_Z[P] = {};
+    over_blocks(e, [&] {
+      if (both) each([&](int i, int v) { soft_Z[pixel_of(v)] += exp2_of(z[i][v], a.rate_tau); });
+      each([&](int i, int v) {
+        const A u = exp2_of(z[i][v], rate);
+        Z[pixel_of(v)] += u;
+        if (in_place) z[i][v] = u;
+      });
     });
     sum_across_groups(Z);
     if (both) sum_across_groups(soft_Z);
-    if (a.smoothing != 0) sum_across_groups(smooth_dot);
 
     // losses
     if (with_losses) {
@@ -498,7 +509,8 @@ struct Worker {
       }
       put_loss(0, e, loss);
       for (int r = 0; r < a.T; ++r) {
-        soft_loss_of(r, e, soft_log_z, loss);
+#pragma unroll
+        for (int p = 0; p < P; ++p) loss[p] = teaches(r, e) ? loss_of(r, p, soft_log_z[p]) : A(0);
         put_loss(r + 1, e, loss);
       }
     }
@@ -524,7 +536,7 @@ struct Worker {
           z[i][v] = exp2_of(z[i][v], rate) * f[pixel_of(v)] + exp2_of(z[i][v], a.rate_tau) * soft_f[pixel_of(v)];
         });
       } else {
-        each([&](int i, int v) { z[i][v] = exp2_of(z[i][v], rate) * f[pixel_of(v)]; });
+        each([&](int i, int v) { z[i][v] = (in_place ? z[i][v] : exp2_of(z[i][v], rate)) * f[pixel_of(v)]; });
       }
       if (a.target != Target::argmax)
         for (int r = 0; r < a.T; ++r)
@@ -537,25 +549,26 @@ struct Worker {
 
   SELFREG_DEVICE A class_weight(int c) const { return a.class_weight ? a.class_weight[c] : A(1); }
 
-  // At every pixel, the loss of exit e taught by the r-th teacher; 0 if that is the same exit.
-  SELFREG_DEVICE void soft_loss_of(int r, int e, const A (&log_z)[P], A (&loss)[P]) {
+  // The dot product of the r-th teacher's target and exit e's y: for argmax, the y at that place.
+  SELFREG_DEVICE void dot_with_target(int r, int e) {
     A dot[P] = {};
-    if (!teaches(r, e) || a.target == Target::argmax) {
+    if (a.target == Target::argmax) {
 #pragma unroll
       for (int p = 0; p < P; ++p)
-        loss[p] = teaches(r, e) && soft_w[p] != 0
-                      ? log_z[p] - (number(origin, a.exits[e], p, int(scalar(r, kArgmax, p))) - m[p])
-                      : A(0);
-      return;
+        if (soft_w[p] != 0) dot[p] = number(origin, a.exits[e], p, int(scalar(r, kArgmax, p))) - m[p];
+    } else {
+      over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
+#pragma unroll
+      for (int p = 0; p < P; ++p)
+        if (dot[p] != dot[p]) dot[p] = guarded_dot(r, e, p);
+      sum_across_groups(dot);
     }
-    over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
 #pragma unroll
-    for (int p = 0; p < P; ++p)
-      if (dot[p] != dot[p]) dot[p] = guarded_dot(r, e, p);
-    sum_across_groups(dot);
-#pragma unroll
-    for (int p = 0; p < P; ++p)
-      loss[p] = soft_loss(scalar(r, kSum, p), dot[p], log_z[p], soft_two() ? a.tau * a.tau : a.tau, a.tau);
+    for (int p = 0; p < P; ++p) scalar(r, kDot, p) = dot[p];
+  }
+  SELFREG_DEVICE A loss_of(int r, int p, A log_z) const {
+    if (a.target == Target::argmax) return log_z - scalar(r, kDot, p);
+    return soft_loss(scalar(r, kSum, p), scalar(r, kDot, p), log_z, soft_two() ? a.tau * a.tau : a.tau, a.tau);
   }
 
   // sum_c target_c y_c with 0 log 0 = 0. Rarely needed: a test for every number would cost more.

@@ -357,7 +357,7 @@ def _print_cost(
     """Time and memory of the loss, forward and backward, on the network's last exits."""
     from rich.table import Table
 
-    options = {name: value for name, value in criterion.options.items() if name != "backend"}
+    options = {name: value for name, value in criterion.options.items() if name not in ("backend", "validate")}
     logits = [z.detach().requires_grad_() for z in trained.logits]
     image_logits = [z.detach().requires_grad_() for z in trained.image_logits]
     shapes = [list(z.shape) for z in (*logits, *image_logits, trained.labels)]
