@@ -176,7 +176,7 @@ class Kernels(build_ext):
             record |= {"compiler": self.compiler_name, "isas": self.isas}
             if WHY_NOT_CUDA is None:
                 self.archs = cuda_archs()
-                record |= {"nvcc": ask([str(NVCC)], "--version").splitlines()[-1], "archs": self.archs}
+                record |= {"nvcc": release(ask([str(NVCC)], "--version")), "archs": self.archs}
                 self.compiler_name += record["nvcc"]
         print(f"selfreg_fast: {record}", flush=True)
         # An editable install builds in the source tree: nothing of an earlier one may remain there.
@@ -296,6 +296,12 @@ def run(command: list[str]) -> None:
 def ask(command: list[str], *flags: str) -> str:
     """What a compiler prints."""
     return subprocess.run([*command, *flags], capture_output=True, text=True).stdout.strip()
+
+
+def release(text: str) -> str:
+    """ "13.0.88" of what `nvcc --version` prints."""
+    number = re.search(r"\bV(\d[\d.]*)", text)
+    return number[1] if number else "?"
 
 
 def describe(cxx: list[str]) -> tuple[str, str]:

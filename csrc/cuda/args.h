@@ -1,13 +1,13 @@
-// What the CUDA kernels are given, and how their blocks are laid out. launch.cu fills it, exit_loss.cuh reads it.
+// What the CUDA kernels are given, and how their blocks are laid out. launch.cu fills it, exit_loss.cu reads it.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "../exit_loss.h"
+#include "cuda_launch.h"
 
 namespace selfreg {
 
-constexpr int kMaxExits = 16;  // so that everything travels as kernel parameters, which end at 4 KB
+constexpr int kMaxExits = kMaxCudaExits;  // so that everything travels as kernel parameters, which end at 4 KB
 
 // A tensor (C, pixels): pixel (i0, i1, i2) of channel c is at c * channel + i0 * step[0] + i1 * step[1] + i2 * step[2].
 struct PixelView {
@@ -60,6 +60,8 @@ struct Args {
   int32_t rows;    // accesses in which a thread covers its channels
   SharedLayout at;
 };
+
+static_assert(sizeof(Args<double>) <= 4096, "all that a kernel is given");
 
 // How the threads of a block share pixels and channels.
 enum class Layout {

@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
   const A factor = *static_cast<const A*>(a.factor);
   if (factor == A(1)) return;
   S* const data = static_cast<S*>(a.data[blockIdx.y]);
-  const int64_t numel = a.numel[blockIdx.y], words = numel / V;
+  const int64_t numel = a.numel[blockIdx.y];
+  const int64_t words = reinterpret_cast<uintptr_t>(data) % 16 == 0 ? numel / V : 0;
   const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = first; i < words; i += step) {
     A x[V];
