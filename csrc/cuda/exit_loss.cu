@@ -151,17 +151,18 @@ struct Worker {
 
   SELFREG_DEVICE void locate() {
     i0 = i1 = 0;
-    i2 = pixel;
+    i2 = inside ? pixel : 0;
     if (a.dims <= 1) return;
+    const int64_t place = i2;
     int64_t rows;
     if (a.pixels <= 0xffffffffll) {  // several times as fast
-      rows = unsigned(pixel) / unsigned(a.size[2]);
+      rows = unsigned(place) / unsigned(a.size[2]);
       if (a.dims == 3) i0 = unsigned(rows) / unsigned(a.size[1]);
     } else {
-      rows = pixel / a.size[2];
+      rows = place / a.size[2];
       if (a.dims == 3) i0 = int(rows / a.size[1]);
     }
-    i2 = pixel - rows * a.size[2];
+    i2 = place - rows * a.size[2];
     i1 = int(rows - i0 * a.size[1]);
   }
   SELFREG_DEVICE S* origin_of(const PixelView& view) const {
@@ -179,7 +180,8 @@ struct Worker {
     }
   }
 
-  // Weights and labels of the tile's pixels. A pixel that does not count is not read: its logits are taken as zeros.
+  // Weights and labels of the tile's pixels. The logits of a pixel that does not count are taken as zeros, and those of
+  // one that does not exist are the first pixel's.
   SELFREG_DEVICE void begin_tile(int64_t first) {
     pixel = first + int64_t(slot()) * P;
     inside = pixel < a.pixels;  // V divides the number of pixels
@@ -219,18 +221,13 @@ struct Worker {
   // Logits of exit e, which lies at `from`, from channel c0 on, the lowest number where there is no channel; `again`:
   // they will be read once more.
   SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) const {
-    bool any = false, all = true;
-#pragma unroll
-    for (int p = 0; p < P; ++p) any = any || counted(p), all = all && counted(p);
     if constexpr (kLayout == Layout::staged) {
       S* const rows = staged_rows();
       copy_rows(static_cast<const S*>(a.exits[e].data), rows, again);
       const S* const row = rows + threadIdx.x % 32 * C;
 #pragma unroll
-      for (int i = 0; i < I; ++i) to[i][0] = !any ? A(0) : exists(i) ? to_number(row[i]) : kLowest<A>;
+      for (int i = 0; i < I; ++i) to[i][0] = exists(i) ? to_number(row[i]) : kLowest<A>;
       __syncwarp();
-    } else if (!any) {
-      each([&](int i, int v) { to[i][v] = 0; });
     } else {
       const int64_t step = stride() * a.exits[e].channel;
       const S* p = from + channel(0, 0) * a.exits[e].channel;
@@ -250,8 +247,11 @@ struct Worker {
       } else {
         load_all(std::true_type());
       }
-      if (__builtin_expect(!all, false)) each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
     }
+    bool all = true;
+#pragma unroll
+    for (int p = 0; p < P; ++p) all = all && counted(p);
+    if (__builtin_expect(!all, false)) each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
   }
 
   // The rows of a warp's 32 pixels, one after the other in memory and in shared memory.
