@@ -14,6 +14,15 @@
 
 #include "exit_loss.h"
 
+// exits (B, C, H, W) of one size and dtype, any strides. labels, pixel_weight (B, H, W), class_weight (C),
+// grad_losses: contiguous; the last three and the losses are float32, or float64 for float64 exits.
+// -> total (), losses (T + 1, N) or (T + 1, N, B, H, W), gradients of the wanted exits, laid out as empty_like(exit).
+#define SELFREG_EXIT_LOSS_SCHEMA                                                                       \
+  "(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? grad_losses, " \
+  "float[] weights, int[] wanted, int[] teachers, float temperature, int target, int ignore_index, "   \
+  "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) -> (Tensor, Tensor, Tensor[])"
+#define SELFREG_SCALE_SCHEMA "(Tensor(a!)[] grads, Tensor factor) -> ()"
+
 namespace selfreg {
 
 using torch::headeronly::ScalarType;

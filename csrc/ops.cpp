@@ -37,15 +37,9 @@ std::string isa() { return cpu_isa(); }
 }  // namespace selfreg
 
 STABLE_TORCH_LIBRARY(selfreg_fast, m) {
-  // exits (B, C, H, W) of one size and dtype, any strides. labels, pixel_weight (B, H, W), class_weight (C),
-  // grad_losses: contiguous; the last three and the losses are float32, or float64 for float64 exits.
-  // -> total (), losses (T + 1, N) or (T + 1, N, B, H, W), gradients of the wanted exits, laid out as empty_like(exit).
-  m.def(
-      "exit_loss(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? grad_losses, "
-      "float[] weights, int[] wanted, int[] teachers, float temperature, int target, int ignore_index, "
-      "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) -> (Tensor, Tensor, Tensor[])");
+  m.def("exit_loss" SELFREG_EXIT_LOSS_SCHEMA);
   // grads *= factor, a number in their losses' dtype, which a GPU reads by itself.
-  m.def("scale_(Tensor(a!)[] grads, Tensor factor) -> ()");
+  m.def("scale_" SELFREG_SCALE_SCHEMA);
   m.def("isa() -> str");
 }
 

@@ -67,18 +67,17 @@ def _load_cpu() -> str:
 
 def _load_cuda() -> str:
     """Loads the CUDA kernels, where this torch has use for them. The operators' schemas come with the CPU kernels."""
-    if CUDA_ON_HOST:
-        torch.ops.load_library(CUDA_ON_HOST)  # type: ignore[no-untyped-call]
-        return AVAILABLE
-    if torch.version.cuda is None:
+    library = Path(CUDA_ON_HOST) if CUDA_ON_HOST else _CUDA_LIBRARY
+    if not CUDA_ON_HOST and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: see https://pytorch.org/get-started for one with it"
     if not CPU_KERNELS:
         return f"needs the compiled operators, which are missing: {_STATUS['cpu']}"
-    if not _CUDA_LIBRARY.is_file():
-        return f"{build_record().get('cuda', 'its file _C_cuda.abi3.so is missing')}; to reinstall: {_REINSTALL}"
+    if not library.is_file():
+        reason = build_record().get("cuda", "built")
+        return f"{f'its file {library} is missing' if reason == 'built' else reason}; to reinstall: {_REINSTALL}"
     try:
-        if str(_CUDA_LIBRARY) not in torch.ops.loaded_libraries:
-            torch.ops.load_library(str(_CUDA_LIBRARY))  # type: ignore[no-untyped-call]
+        if str(library) not in torch.ops.loaded_libraries:
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except Exception as error:
         return f"cannot be loaded in torch {torch.__version__}: {error.__cause__ or error}; to reinstall: {_REINSTALL}"
     return AVAILABLE

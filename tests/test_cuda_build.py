@@ -65,7 +65,7 @@ def _shape(kernel: str) -> str:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_sanitizers_find_nothing(mode: str) -> None:
-    """Every way through the kernels once more: out-of-bounds accesses, undefined behaviour; races between threads."""
+    """Every number of channels and layout, aligned in float32 and odd in bfloat16: accesses out of bounds, races."""
     few = "cuda and (aligned and float32 or odd and bfloat16)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", few]
     setarch = ["setarch", "-R"]  # some systems place memory at random, further than the thread sanitizer expects

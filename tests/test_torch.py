@@ -220,3 +220,12 @@ def test_a_network_under_autocast(backend: Backend, dtype: torch.dtype) -> None:
     reference.self_regulation_loss([head(x) for head in heads], labels).total.backward()
     for g, p in zip(grads, heads.parameters(), strict=True):
         assert (g - p.grad).norm() < 10 * torch.finfo(dtype).eps * p.grad.norm()
+
+
+def test_all_operators_have_one_schema() -> None:
+    """What is written in csrc/operator.h and in ops.py: the backends can stand in for each other."""
+    from selfreg_fast import ops
+
+    names = [ops.OPERATORS[name] for name in ("cpu", "cuda", "triton") if srf.backends()[name] == "available"]
+    schemas = {str(getattr(torch.ops.selfreg_fast, name).default._schema).partition("(")[2] for name in names}
+    assert len(schemas) <= 1

@@ -87,12 +87,8 @@ void scale_cuda(std::vector<Tensor> grads, const Tensor& factor) {
 
 #ifdef SELFREG_CUDA_ON_HOST
 STABLE_TORCH_LIBRARY_FRAGMENT(selfreg_fast, m) {
-  m.def(
-      "exit_loss_cuda_on_host(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, "
-      "Tensor? grad_losses, float[] weights, int[] wanted, int[] teachers, float temperature, int target, "
-      "int ignore_index, float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) "
-      "-> (Tensor, Tensor, Tensor[])");
-  m.def("scale_cuda_on_host_(Tensor(a!)[] grads, Tensor factor) -> ()");
+  m.def("exit_loss_cuda_on_host" SELFREG_EXIT_LOSS_SCHEMA);
+  m.def("scale_cuda_on_host_" SELFREG_SCALE_SCHEMA);
 }
 STABLE_TORCH_LIBRARY_IMPL(selfreg_fast, CPU, m) {
   m.impl("exit_loss_cuda_on_host", TORCH_BOX(&selfreg::exit_loss_cuda));
