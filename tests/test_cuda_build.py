@@ -67,6 +67,8 @@ def _shape(kernel: str) -> str:
 def test_sanitizers_find_nothing(mode: str) -> None:
     """Every number of channels and layout, aligned in float32 and odd in bfloat16: accesses out of bounds, races."""
     few = "cuda and (aligned and float32 or odd and bfloat16)"
+    # In tests/, since `-m` puts the working directory on sys.path: from the root it would import ./selfreg_fast, which
+    # has no kernels where the package is installed and not editable.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", few]
     setarch = ["setarch", "-R"]  # some systems place memory at random, further than the thread sanitizer expects
     works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
@@ -74,7 +76,7 @@ def test_sanitizers_find_nothing(mode: str) -> None:
     done = subprocess.run(
         [*(setarch if works else []), *command, str(Path(__file__).with_name("test_kernel_shapes.py"))],
         env={**environment, **on_host.environment(mode)},
-        cwd=on_host.ROOT,
+        cwd=on_host.ROOT / "tests",
         capture_output=True,
         text=True,
         timeout=900,
