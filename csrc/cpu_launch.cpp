@@ -1,5 +1,5 @@
-// The CPU backend's launch: phase 0 over the labels, tiles to threads, phase 3 in a fixed order. No torch type in here
-// but parallel_for.
+// The CPU backend's launch: phase 0 over the labels, bands of tiles to threads, phase 3 in a fixed order. No torch type
+// in here but parallel_for.
 #include "cpu_launch.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -76,6 +77,97 @@ PixelCounts count_pixels(const ExitLoss& launch, int64_t pixels) {
   return all;
 }
 
+// ---- resized exits -------------------------------------------------------------------------------------------------
+
+// Positions as F.interpolate has them, bilinear, but in double precision: at 1000 pixels a float is off by 3e-5.
+struct AxisTable {
+  std::vector<int32_t> low;
+  std::vector<double> weight;
+  AxisTable(int64_t from, int64_t to, bool align_corners) : low(to), weight(to) {
+    const double scale = !align_corners ? double(from) / double(to) : to > 1 ? double(from - 1) / double(to - 1) : 0;
+    for (int64_t o = 0; o < to; ++o) {
+      const double position = align_corners ? scale * double(o) : std::max(0., scale * (double(o) + .5) - .5);
+      low[o] = int32_t(std::min(int64_t(position), from - 1));
+      weight[o] = low[o] + 1 < from ? std::min(position - low[o], 1.) : 0;
+    }
+  }
+};
+
+constexpr int64_t kMostLanes = 16;  // kernels read `place` a vector at a time
+
+// The memory behind a Resize.
+struct ResizeTables {
+  AxisTable rows, columns;
+  std::vector<int32_t> place, taken, count;
+  std::vector<double> shared;  // whatever A is: room for as many of it
+
+  ResizeTables(const ExitLoss& launch, const Plan& plan, const View& exit, bool gradient, Resize& to)
+      : rows(exit.H, launch.H, launch.align_corners),
+        columns(exit.W, launch.W, launch.align_corners),
+        place(launch.W + kMostLanes),
+        taken(plan.tiles_across * plan.tile_columns * 2),
+        count(plan.tiles_across) {
+    to = {true,
+          {exit.H, rows.low.data(), rows.weight.data()},
+          {exit.W, columns.low.data(), columns.weight.data()},
+          place.data(),
+          taken.data(),
+          count.data(),
+          0,
+          0,
+          nullptr};
+    for (int64_t segment = 0; segment < plan.tiles_across; ++segment) {
+      int32_t* const first = taken.data() + segment * plan.tile_columns * 2;
+      int32_t* last = first;
+      const int64_t x0 = segment * plan.tile_columns, x1 = std::min(x0 + plan.tile_columns, launch.W);
+      for (int64_t x = x0; x < x1; ++x) {
+        for (int32_t column = columns.low[x]; column <= to.columns.high(x); ++column)
+          if (last == first || last[-1] < column) *last++ = column;
+        place[x] = int32_t(std::lower_bound(first, last, columns.low[x]) - first);
+      }
+      count[segment] = int32_t(last - first);
+      to.most_columns = std::max<int64_t>(to.most_columns, count[segment]);
+    }
+    for (int64_t y = 0; y < launch.H; ++y) {  // wherever a row of tiles begins: every band begins with one
+      const int64_t last = std::min(y + plan.tile_rows, launch.H) - 1;
+      to.held_rows = std::max(to.held_rows, to.rows.high(last) - to.rows.low[y] + 1);
+    }
+    if (!gradient) return;
+    const int64_t numbers = launch.B * (plan.bands - 1) * shared_slots(launch) * exit.W * launch.C;
+    shared.resize(launch.dtype == DType::float64 ? numbers : (numbers + 1) / 2);
+    to.shared = shared.data();
+  }
+};
+
+bool is_resized(const ExitLoss& launch, const View& exit) { return exit.H != launch.H || exit.W != launch.W; }
+
+// ---- plan ----------------------------------------------------------------------------------------------------------
+
+void cut(const ExitLoss& launch, Plan& plan) {
+  int64_t most = tile_pixels(launch, plan.pixels);
+  if (std::none_of(launch.exits, launch.exits + launch.N, [&](const View& v) { return is_resized(launch, v); })) {
+    plan.images = plan.tiles_down = plan.tiles_across = plan.tile_rows = 1;
+    plan.tile_columns = plan.width = most;
+    plan.tiles = plan.bands = plan.height = (plan.pixels + most - 1) / most;
+    return;
+  }
+  // Tiles of several rows: an exit's row is shared by those that it is interpolated to, and so is the work of gathering
+  // the gradient. At least 16 bands, to share out.
+  constexpr int64_t kColumns = 128, kPixels = 512, kBands = 16;
+  most = std::min(most, kPixels);
+  auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+  plan.images = launch.B, plan.height = launch.H, plan.width = launch.W;
+  plan.tile_columns = parts(plan.width, parts(plan.width, std::min(kColumns, most)));
+  plan.tiles_across = parts(plan.width, plan.tile_columns);
+  plan.tile_rows = std::clamp<int64_t>(most / plan.tile_columns, 1, plan.height);
+  const int64_t rows_of_tiles = parts(plan.height, plan.tile_rows);
+  plan.tiles_down = parts(rows_of_tiles, std::min(rows_of_tiles, parts(kBands, plan.images)));
+  plan.bands = parts(rows_of_tiles, plan.tiles_down);
+  plan.tiles = plan.images * plan.bands * plan.tiles_down * plan.tiles_across;
+}
+
+// ---- phase 3 -------------------------------------------------------------------------------------------------------
+
 template <class A>
 void write_sums(const ExitLoss& launch, const Plan& plan, const std::vector<double>& partial) {
   const int64_t entries = int64_t(launch.T + 1) * launch.N;
@@ -101,7 +193,7 @@ const char* cpu_isa() { return kernels().isa; }
 
 void cpu_launch(const ExitLoss& launch) {
   kernels();  // chosen out here: an exception inside parallel_for would lose its message
-  Plan plan;
+  Plan plan{};
   plan.pixels = launch.B * launch.H * launch.W;
   const PixelCounts counts = count_pixels(launch, plan.pixels);
   if (counts.bad_label >= 0)
@@ -111,17 +203,29 @@ void cpu_launch(const ExitLoss& launch) {
   auto norm = [&](double divisor) { return !mean ? 1.0 : divisor == 0 ? 0.0 : 1.0 / divisor; };
   plan.norm[0] = norm(counts.label);
   plan.norm[1] = norm(counts.soft);
-  plan.tile_pixels = tile_pixels(launch, plan.pixels);
-  plan.tiles = (plan.pixels + plan.tile_pixels - 1) / plan.tile_pixels;
+  if (plan.pixels > 0) cut(launch, plan);
+  std::vector<Resize> resizes(launch.N);
+  std::deque<ResizeTables> tables;
   int64_t wanted = 0;
-  for (int e = 0; e < launch.N; ++e) wanted += launch.grads[e].data != nullptr;
+  for (int e = 0; plan.pixels > 0 && e < launch.N; ++e) {
+    const bool gradient = launch.grads[e].data, resized = is_resized(launch, launch.exits[e]);
+    if (resized) tables.emplace_back(launch, plan, launch.exits[e], gradient, resizes[e]);
+    wanted += gradient && !resized;
+  }
+  plan.resizes = tables.empty() ? nullptr : resizes.data();
   plan.stream = wanted * plan.pixels * launch.C >= (int64_t(4) << 20);
 
   std::vector<double> partial(plan.tiles * (launch.T + 1) * launch.N);
-  const int64_t grain = std::max<int64_t>(1, 32768 / (plan.tile_pixels * launch.C * launch.N));
-  torch::stable::parallel_for(0, plan.tiles, grain, [&](int64_t begin, int64_t end) {
+  const int64_t tile = plan.tile_rows * plan.tile_columns * plan.tiles_down * plan.tiles_across;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tile * launch.C * launch.N));
+  torch::stable::parallel_for(0, plan.images * plan.bands, grain, [&](int64_t begin, int64_t end) {
     kernels().run(launch, plan, begin, end, partial.data());
   });
+  for (int e = 0; e < launch.N; ++e) {
+    if (!resizes[e].needed || !launch.grads[e].data || plan.bands == 1) continue;
+    torch::stable::parallel_for(0, launch.B, 1,
+                                [&](int64_t begin, int64_t end) { kernels().join(launch, plan, e, begin, end); });
+  }
 
   const bool is_double = launch.dtype == DType::float64;
   if (launch.reduction != Reduction::none)

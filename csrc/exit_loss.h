@@ -14,16 +14,16 @@ enum class Reduction : int32_t { mean, sum, none };
 // A tensor (B, C, H, W) in any layout; strides in elements.
 struct View {
   void* data;
-  int64_t stride_b, stride_c, stride_h, stride_w;
+  int64_t stride_b, stride_c, stride_h, stride_w, H, W;
 };
 
 struct ExitLoss {
-  int64_t B, C, H, W;
-  int32_t N, T;  // exits, teachers
-  DType dtype;   // of exits and gradients; everything else is in A: float, or double for float64
+  int64_t B, C, H, W;  // H, W: of the output
+  int32_t N, T;        // exits, teachers
+  DType dtype;         // of exits and gradients; everything else is in A: float, or double for float64
 
-  const View* exits;        // [N]
-  const View* grads;        // [N], data is null where no gradient is wanted
+  const View* exits;        // [N]; one of another size than (H, W) is resized bilinearly, as by F.interpolate
+  const View* grads;        // [N], of the exits' sizes; data is null where no gradient is wanted
   const int32_t* teachers;  // [T], distinct indices of exits
 
   LabelType label_type;
@@ -40,7 +40,7 @@ struct ExitLoss {
   Reduction reduction;
   double temperature, label_smoothing;
   int64_t ignore_index;
-  bool mask_soft, detach_teacher;
+  bool mask_soft, detach_teacher, align_corners;
 
   const double* total_weights;  // [T + 1, N], or null: the total is 0
   void* losses;                 // [T + 1, N] of A, or [T + 1, N, B, H, W] with Reduction::none

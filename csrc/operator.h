@@ -14,13 +14,15 @@
 
 #include "exit_loss.h"
 
-// exits (B, C, H, W) of one size and dtype, any strides. labels, pixel_weight (B, H, W), class_weight (C),
-// grad_losses: contiguous; the last three and the losses are float32, or float64 for float64 exits.
+// exits (B, C, h, w) of one B, C and dtype, any strides; those whose (h, w) is not `size` = (H, W) are resized to it.
+// labels, pixel_weight (B, H, W), class_weight (C), grad_losses: contiguous; the last three and the losses are float32,
+// or float64 for float64 exits.
 // -> total (), losses (T + 1, N) or (T + 1, N, B, H, W), gradients of the wanted exits, laid out as empty_like(exit).
 #define SELFREG_EXIT_LOSS_SCHEMA                                                                       \
   "(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? grad_losses, " \
   "float[] weights, int[] wanted, int[] teachers, float temperature, int target, int ignore_index, "   \
-  "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) -> (Tensor, Tensor, Tensor[])"
+  "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction, SymInt[] size, "         \
+  "bool align_corners) -> (Tensor, Tensor, Tensor[])"
 #define SELFREG_SCALE_SCHEMA "(Tensor(a!)[] grads, Tensor factor) -> ()"
 
 namespace selfreg {
@@ -58,7 +60,9 @@ inline LabelType label_type_of(const Tensor& labels) {
   }
 }
 
-inline View view_of(const Tensor& t, void* data) { return {data, t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+inline View view_of(const Tensor& t, void* data) {
+  return {data, t.stride(0), t.stride(1), t.stride(2), t.stride(3), t.size(2), t.size(3)};
+}
 
 inline bool has_sizes(const Tensor& t, const Ints& sizes) {
   if (t.dim() != int64_t(sizes.size())) return false;
@@ -71,23 +75,25 @@ inline Tensor empty(const Tensor& like, const Ints& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
 }
 
-// run(launch, exits[0]) is the backend; allocated(data, bytes) hears of the memory of every gradient.
+// run(launch, exits[0]) is the backend; `resizes` whether it takes exits of other sizes than the output's;
+// allocated(data, bytes) hears of the memory of every gradient.
 template <class Run, class Allocated>
 std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss(
-    Run run, Allocated allocated, const std::vector<Tensor>& exits, const std::optional<Tensor>& labels,
+    Run run, bool resizes, Allocated allocated, const std::vector<Tensor>& exits, const std::optional<Tensor>& labels,
     const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& grad_losses, const std::vector<double>& weights, const Ints& wanted,
     const Ints& teachers, double temperature, int64_t target, int64_t ignore_index, double label_smoothing,
-    bool mask_soft, bool detach_teacher, int64_t reduction) {
+    bool mask_soft, bool detach_teacher, int64_t reduction, const Ints& size, bool align_corners) {
   check(!exits.empty(), "exits: expected at least one");
   const Tensor& first = exits[0];
   check(first.dim() == 4 && first.size(1) > 0, "exits: expected (B, C, H, W) with C > 0");
   check(temperature > 0, "temperature: expected a number > 0");
   check(target >= 0 && target <= 2, "target: expected 0, 1 or 2");
   check(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
+  check(size.size() == 2 && size[0] >= 0 && size[1] >= 0, "size: expected (H, W)");
 
   ExitLoss launch{};
-  launch.B = first.size(0), launch.C = first.size(1), launch.H = first.size(2), launch.W = first.size(3);
+  launch.B = first.size(0), launch.C = first.size(1), launch.H = size[0], launch.W = size[1];
   launch.N = int32_t(exits.size()), launch.T = int32_t(teachers.size());
   launch.dtype = dtype_of(first);
   const ScalarType scalar = launch.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
@@ -97,8 +103,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss(
 
   std::vector<View> views, grad_views(exits.size(), View{});
   for (const Tensor& z : exits) {
-    check(has_sizes(z, {launch.B, launch.C, launch.H, launch.W}), "exits: expected one size");
+    check(z.dim() == 4 && z.size(0) == launch.B && z.size(1) == launch.C, "exits: expected one B and C");
     check(z.scalar_type() == first.scalar_type(), "exits: expected one dtype");
+    const bool same = z.size(2) == launch.H && z.size(3) == launch.W;
+    check(same || (resizes && z.size(2) > 0 && z.size(3) > 0 && launch.H > 0 && launch.W > 0),
+          "exits: cannot be resized to `size`");
     views.push_back(view_of(z, const_cast<void*>(z.const_data_ptr())));
   }
   launch.exits = views.data();
@@ -138,6 +147,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss(
   launch.ignore_index = ignore_index;
   launch.label_smoothing = label_smoothing;
   launch.mask_soft = mask_soft;
+  launch.align_corners = align_corners;
   launch.detach_teacher = detach_teacher || launch.target == Target::argmax;
 
   Tensor losses = empty(first, matrix, scalar);

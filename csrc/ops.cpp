@@ -25,10 +25,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cpu(
     const std::vector<Tensor>& exits, const std::optional<Tensor>& labels, const std::optional<Tensor>& class_weight,
     const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& grad_losses,
     const std::vector<double>& weights, const Ints& wanted, const Ints& teachers, double temperature, int64_t target,
-    int64_t ignore_index, double label_smoothing, bool mask_soft, bool detach_teacher, int64_t reduction) {
-  return exit_loss([](const ExitLoss& launch, const Tensor&) { cpu_launch(launch); }, prefer_large_pages, exits, labels,
-                   class_weight, pixel_weight, grad_losses, weights, wanted, teachers, temperature, target,
-                   ignore_index, label_smoothing, mask_soft, detach_teacher, reduction);
+    int64_t ignore_index, double label_smoothing, bool mask_soft, bool detach_teacher, int64_t reduction,
+    const Ints& size, bool align_corners) {
+  auto run = [](const ExitLoss& launch, const Tensor&) { cpu_launch(launch); };
+  return exit_loss(run, true, prefer_large_pages, exits, labels, class_weight, pixel_weight, grad_losses, weights,
+                   wanted, teachers, temperature, target, ignore_index, label_smoothing, mask_soft, detach_teacher,
+                   reduction, size, align_corners);
 }
 
 std::string isa() { return cpu_isa(); }

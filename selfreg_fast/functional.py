@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import autograd, reference
 from .backends import choose
-from .ops import Options
+from .ops import RESIZING, Options
 from .reference import SelfRegulationOutput, loss_dtype
 
 __all__ = [
@@ -506,6 +506,9 @@ def _losses(
     teachers = _check_teachers(teachers, n)
 
     spatial = _output_spatial(exits, labels, size, name)
+    for i, z in enumerate(exits):
+        if z.shape[2:] != spatial and (0 in spatial or 0 in z.shape[2:]):
+            raise ValueError(f"{name}[{i}]: cannot be resized from {_shape(z)[2:]} to {spatial}: one has no pixels")
     if labels is not None:
         _check_label_dtype(labels)
         _check_map(labels, "labels", first, spatial)
@@ -549,13 +552,14 @@ def _losses(
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{argument}: the fused losses have no gradient for it; pass {argument}.detach()")
 
-    if first.dim() == 4:
+    if first.dim() == 4 and chosen not in RESIZING:
         exits = [
             z
             if z.shape[2:] == spatial
             else F.interpolate(z, size=spatial, mode="bilinear", align_corners=align_corners)
             for z in exits
         ]
+    as_4d = [_as_4d(z) for z in exits]
     dtype = loss_dtype(first.dtype)
     options = Options(
         teachers=teachers,
@@ -566,10 +570,12 @@ def _losses(
         mask_soft=mask_soft,
         detach_teacher=detach_teacher or target == "argmax",
         reduction=reduction,
+        size=(spatial[0], spatial[1]) if first.dim() == 4 else (as_4d[0].shape[2], as_4d[0].shape[3]),
+        align_corners=align_corners,
     )
     total, losses = autograd.exit_loss(
         chosen,
-        [_as_4d(z) for z in exits],
+        as_4d,
         None if labels is None else _map_as_3d(labels),
         None if class_weight is None else class_weight.to(dtype).contiguous(),
         None if pixel_weight is None else _map_as_3d(pixel_weight.to(dtype)),

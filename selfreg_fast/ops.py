@@ -17,13 +17,15 @@ from .backends import CPU_KERNELS, CUDA_KERNELS, CUDA_ON_HOST, TRITON_KERNELS
 SCHEMA = (
     "(Tensor[] exits, Tensor? labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? grad_losses, "
     "float[] weights, int[] wanted, int[] teachers, float temperature, int target, int ignore_index, "
-    "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction) -> (Tensor, Tensor, Tensor[])"
+    "float label_smoothing, bool mask_soft, bool detach_teacher, int reduction, SymInt[] size, "
+    "bool align_corners) -> (Tensor, Tensor, Tensor[])"
 )
 OPERATORS = {
     "cpu": "exit_loss",
     "cuda": "exit_loss_cuda_on_host" if CUDA_ON_HOST else "exit_loss",
     "triton": "exit_loss_triton",
 }
+RESIZING = ("cpu",)  # backends whose kernels interpolate
 TARGETS = {"raw": 0, "renormalized": 1, "argmax": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
@@ -39,6 +41,8 @@ class Options(NamedTuple):
     mask_soft: bool
     detach_teacher: bool
     reduction: str
+    size: tuple[int, int]
+    align_corners: bool
 
 
 def exit_loss(
@@ -56,7 +60,8 @@ def exit_loss(
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        exits: N tensors (B, C, H, W) of one size, any strides.
+        exits: N tensors (B, C, h, w), any strides; a backend in `RESIZING` resizes those whose (h, w) is not (H, W) =
+            `options.size`, for the others there must be none.
         labels: (B, H, W) uint8, int32 or int64.
         class_weight: (C,) in the losses' dtype.
         pixel_weight: (B, H, W) in the losses' dtype.
@@ -85,6 +90,8 @@ def exit_loss(
         options.mask_soft,
         options.detach_teacher,
         REDUCTIONS[options.reduction],
+        options.size,
+        options.align_corners,
     )
     return result
 
@@ -105,10 +112,12 @@ def _fake_exit_loss(
     mask_soft: bool,
     detach_teacher: bool,
     reduction: int,
+    size: Sequence[int],
+    align_corners: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     first = exits[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    maps = (first.shape[0], *first.shape[2:]) if reduction == REDUCTIONS["none"] else ()
+    maps = (first.shape[0], *size) if reduction == REDUCTIONS["none"] else ()
     losses = first.new_empty((len(teachers) + 1, len(exits), *maps), dtype=dtype)
     return losses.new_empty(()), losses, [torch.empty_like(exits[i]) for i in wanted]
 

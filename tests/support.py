@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selfreg_fast.ops import RESIZING
+
 LAYOUTS = ("contiguous", "channels_last", "transposed", "cropped", "cropped_channels_last", "expanded")
 
 
@@ -23,6 +25,11 @@ class Backend(NamedTuple):
     @property
     def fused(self) -> bool:
         return self.name != "reference"
+
+    @property
+    def resizes(self) -> bool:
+        """Whether its kernels interpolate, in float32 or float64; else exits are resized beforehand in their dtype."""
+        return self.name in RESIZING
 
     @property
     def interpreted(self) -> bool:
@@ -132,6 +139,11 @@ def pyramid(n: int, size: Sequence[int]) -> list[tuple[int, int]]:
     h, w = size
     ratios = [(2, 3), (1, 1), (5, 3), (1, 2), (0.75, 0.75), (3, 1), (1, 4), (2, 2)]
     return [(max(1, round(h / ratios[i % 8][0])), max(1, round(w / ratios[i % 8][1]))) for i in range(n)]
+
+
+def eighth(n: int, size: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes of n exits of an eighth of `size`, as a network's are."""
+    return [(-(-size[0] // 8), -(-size[1] // 8))] * n
 
 
 def upstream(kind: str, out: Tensor, seed: int = 4) -> Tensor:

@@ -178,6 +178,12 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (srf.presence_loss, {"image_logits": IMAGE_LOGITS, "presence": 1}, TypeError, "presence: expected a tensor"),
     (srf.presence_loss, {"image_logits": [], "presence": torch.ones(2, 5)}, ValueError, "image_logits: .*got 0"),
     (srf.presence_distillation_loss, {"image_logits": IMAGE_LOGITS[:1]}, ValueError, "image_logits: .*2 exits, got 1"),
+    (
+        srf.mea_loss,
+        {"logits": make_exits(2, (2, 5, 3, 3)), "labels": torch.zeros(2, 0, 6, dtype=torch.int64)},
+        ValueError,
+        r"logits\[0\]: .*\(3, 3\) to \(0, 6\).*no pixels",
+    ),
     (srf.presence_vector, {"labels": LABELS, "num_classes": 0}, ValueError, "num_classes: .*got 0"),
     (srf.presence_vector, {"labels": LABELS, "num_classes": 5.0}, ValueError, "num_classes: .*got 5.0"),
     (srf.presence_vector, {"labels": LABELS.float(), "num_classes": 5}, TypeError, "labels: .*got torch.float32"),
@@ -575,10 +581,14 @@ def test_deterministic_algorithms_are_no_obstacle(backend: Backend, loss: Loss) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("resized", [False, True])
 @losses
-def test_results_repeat_bitwise(backend: Backend, loss: Loss, layout: str, dtype: torch.dtype, threads: None) -> None:
+def test_results_repeat_bitwise(
+    backend: Backend, loss: Loss, resized: bool, layout: str, dtype: torch.dtype, threads: None
+) -> None:
     """The same bits in every run, and of a fused kernel with any number of threads."""
-    exits = make_exits(3, (2, 19, 37, 61), dtype=dtype, layout=layout, device=backend.device)
+    sizes = pyramid(3, (37, 61)) if resized else None
+    exits = make_exits(3, (2, 19, 37, 61), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
     labels = make_labels((2, 37, 61), 19, device=backend.device)
     weight = make_pixel_weight((2, 37, 61), device=backend.device)
 

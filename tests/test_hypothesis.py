@@ -36,6 +36,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             draw(st.integers(0, 3)),
             *draw(st.lists(st.integers(1, 12), max_size=3)),
         ),
+        "sizes": draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=n, max_size=n)),
+        "resize": draw(st.booleans()),
         "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "scale": draw(st.sampled_from([0.3, 3.0, 30.0])),
@@ -54,6 +56,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "mask_soft": draw(st.booleans()) and labelled,
             "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
             "detach_teacher": draw(st.booleans()),
+            "align_corners": draw(st.booleans()),
         },
     }
 
@@ -64,16 +67,20 @@ def test_the_matrix_equals_the_reference(backend: Backend, case: dict[str, Any])
     if backend.interpreted and case["seed"] % 8:
         return  # an eighth of the cases
     (batch, *spatial), channels, seed, options = case["shape"], case["channels"], case["seed"], case["options"]
+    resized = case["resize"] and len(spatial) == 2 and case["layout"] != "expanded"
     exits = make_exits(
         case["n"],
         (batch, channels, *spatial),
         dtype=case["dtype"],
         device=backend.device,
         layout=case["layout"],
+        sizes=case["sizes"] if resized else None,
         scale=case["scale"],
         seed=seed,
     )
     kwargs: dict[str, Any] = dict(options)
+    if resized:
+        kwargs["size"] = spatial
     if case["labels"] is not None:
         kwargs["labels"] = make_labels(
             case["shape"],

@@ -166,7 +166,7 @@ def _step(
     labels = torch.zeros(size, dtype=torch.int64)
     class_weight = torch.ones(channels, dtype=accurate) if weights else None
     pixel_weight = torch.ones(size, dtype=accurate) if weights else None
-    options = ([0, 4], temperature, target, ignore_index, smoothing, False, detach, reduction)
+    options = ([0, 4], temperature, target, ignore_index, smoothing, False, detach, reduction, size[1:], False)
     if recompute:
         losses = launchers.exit_loss(exits, labels, class_weight, pixel_weight, None, (), (), *options)[1]
         launchers.exit_loss(exits, labels, class_weight, pixel_weight, losses, (), range(5), *options)

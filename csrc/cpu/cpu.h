@@ -6,22 +6,67 @@
 
 #include "../exit_loss.h"
 
+// Into every caller: a copy for one instruction set must not serve another's.
+#define SELFREG_CPU_INLINE inline __attribute__((always_inline))
+
 namespace selfreg {
 
-// How a launch is cut: tiles of `tile_pixels` consecutive pixels of B x H x W, whatever the number of threads, so that
-// results are the same bit for bit.
+// One dimension of an exit that is resized: output position o lies between low[o] and low[o] + 1, the latter of weight
+// weight[o] (0 where there is none).
+struct Axis {
+  int64_t size;          // of the exit
+  const int32_t* low;    // [of the output]
+  const double* weight;  // [of the output]
+  SELFREG_CPU_INLINE int64_t high(int64_t o) const { return low[o] + 1 < size ? low[o] + 1 : low[o]; }
+};
+
+// How an exit of another size than the output's is resized, and where its gradient is gathered.
+struct Resize {
+  bool needed;
+  Axis rows, columns;
+  // Of a tile's columns, one after the other: where low[x] is among the exit's columns that the tile needs.
+  const int32_t* place;  // [W]
+  const int32_t* taken;  // [segments, 2 tile_columns]: those columns, ascending
+  const int32_t* count;  // [segments]: how many
+  int64_t most_columns;  // the most of them
+  int64_t held_rows;     // the most rows of the exit that a row of tiles lies on
+  // Rows of the gradient that two bands share: [B, bands - 1, shared_slots, w, C] of A.
+  void* shared;
+};
+
+// Two rows lie across a border between bands. What the upper band adds to them needs room of its own only where the
+// gradient itself would round it.
+static SELFREG_CPU_INLINE int64_t shared_slots(const ExitLoss& launch) {
+  return launch.dtype == DType::float32 || launch.dtype == DType::float64 ? 2 : 4;
+}
+
+// A rectangle of pixels of an image.
+struct Tile {
+  int64_t image, y, x, rows, columns;
+};
+
+// How a launch is cut, whatever the number of threads, so that results are the same bit for bit. Tiles are numbered
+// image by image, band by band (of rows), from top to bottom and from left to right. A band is one thread's work: the
+// gradient of a resized exit is complete, row by row, as its tiles go down. Without resized exits, the pixels of all
+// images are laid in rows as wide as a tile, and each is a band.
 struct Plan {
-  int64_t pixels, tile_pixels, tiles;
-  bool stream;     // write gradients past the caches
-  double norm[2];  // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
+  int64_t pixels;
+  int64_t images, height, width;                   // of what is cut
+  int64_t tile_rows, tile_columns;                 // at most
+  int64_t bands, tiles_down, tiles_across, tiles;  // bands of an image, tiles of a band, tiles in all
+  bool stream;                                     // write gradients past the caches
+  double norm[2];         // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
+  const Resize* resizes;  // [N], or null: no exit is resized
 };
 
 struct CpuKernels {
   const char* isa;
   // Phase 0 over pixels [begin, end).
   PixelCounts (*count)(const ExitLoss&, int64_t begin, int64_t end);
-  // Phases 1 and 2 over tiles [begin, end); each tile's sums go to partial[tile][T + 1][N].
+  // Phases 1 and 2 over bands [begin, end) of all images; each tile's sums go to partial[tile][T + 1][N].
   void (*run)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
+  // Adds up the rows of exit e's gradient that bands share, of images [begin, end).
+  void (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
 };
 
 const CpuKernels& cpu_kernels_baseline();

@@ -1,11 +1,12 @@
 // The exit-loss matrix on the CPU. Compiled once for each instruction set (SELFREG_ISA names it); everything but the
 // entry point is in an anonymous namespace, and no inline function of another header that a linker might share is used.
 //
-// A tile is a block of consecutive pixels with all channels, channel rows contiguous, so that a vector holds pixels and
-// no reduction over channels crosses lanes. Per tile:
+// A tile is a block of pixels with all channels, channel rows contiguous, so that a vector holds pixels and no
+// reduction over channels crosses lanes. Per tile:
 //   phase 1  each teacher: read, maximum, exponentials; all stay in scratch, these as its unnormalised target row
 //   phase 2  each exit: read and maximum, if not a teacher; exponentials with the sums of all its losses; its gradient,
 //            a few rows at a time
+// Reading an exit of another size is interpolating it, writing its gradient is gathering that: resize.h.
 // Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in cpu_launch.cpp.
 #include "cpu.h"
 
@@ -14,6 +15,8 @@
 
 #include <initializer_list>
 
+#include "resize.h"
+#include "storage.h"
 #include "vec.h"  // before pixel_math.h, whose templates call its exp2_of and log2
 
 #include "../pixel_math.h"
@@ -22,55 +25,10 @@ namespace {
 
 using namespace selfreg;
 
-// ---- storage types ---------------------------------------------------------------------------------------------
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-SELFREG_ALWAYS float from_bits(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-SELFREG_ALWAYS uint32_t to_bits(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
-SELFREG_ALWAYS void convert(float& to, float from) { to = from; }
-SELFREG_ALWAYS void convert(double& to, double from) { to = from; }
-SELFREG_ALWAYS void convert(float& to, BFloat from) { to = from_bits(uint32_t(from.bits) << 16); }
-SELFREG_ALWAYS void convert(BFloat& to, float from) {
-  uint32_t u = to_bits(from);
-  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;  // to nearest even
-  to.bits = uint16_t(from == from ? rounded : 0x7fc0);
-}
-// Exponents by a multiplication with 2^112, which also makes subnormals right; infinity and NaN keep theirs.
-SELFREG_ALWAYS void convert(float& to, Half from) {
-  uint32_t magnitude = from.bits & 0x7fffu;
-  uint32_t u = to_bits(from_bits(magnitude << 13) * 0x1p112f);
-  u |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  to = from_bits(u | uint32_t(from.bits & 0x8000u) << 16);
-}
-// Subnormal results are rounded by adding 1/2, the others in integers; to nearest even.
-SELFREG_ALWAYS void convert(Half& to, float from) {
-  uint32_t u = to_bits(from), magnitude = u & 0x7fffffffu;
-  uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
-  uint32_t h = magnitude < 0x38800000u ? small : normal;
-  h = magnitude >= 0x47800000u ? 0x7c00u : h;
-  h = magnitude > 0x7f800000u ? 0x7e00u : h;
-  to.bits = uint16_t(h | (u >> 16 & 0x8000u));
-}
-
 // ---- pixels in memory ------------------------------------------------------------------------------------------
 
-// Pixels of a view come in runs of `length` at a fixed `step`: the whole batch, an image, or a row of it.
+// Pixels of an exit of the output's size come in runs of `length` at a fixed `step`: the whole batch, an image, or a
+// row.
 struct Runs {
   int64_t length, step;
 };
@@ -91,7 +49,7 @@ Runs runs_of(const View& v, const ExitLoss& launch) {
   return r;
 }
 
-// Calls f(offset in elements, first pixel within the tile, number of pixels) for each run in pixels [begin, begin + n).
+// Calls f(offset in elements, number in [0, n), number of pixels) for each run in pixels [begin, begin + n).
 template <class F>
 SELFREG_ALWAYS void for_runs(const View& v, const Runs& runs, const ExitLoss& launch, int64_t begin, int64_t n, F f) {
   for (int64_t i = 0; i < n;) {
@@ -121,28 +79,16 @@ class Worker {
       : L(launch), plan(plan), C(int(launch.C)), N(launch.N), T(launch.T), tau(A(launch.temperature)) {
     soft_two = L.target == Target::renormalized;
     gradient = L.grad_losses || L.weights;
-    ld = plan.tile_pixels + 64 / int64_t(sizeof(A));
+    constexpr int64_t kLine = 64 / sizeof(A);
+    ld = (plan.tile_rows * plan.tile_columns + kLine - 1) / kLine * kLine + kLine;
     teacher_learns = gradient && !L.detach_teacher;
-    const int64_t tile = C * ld, per_teacher = tile * (teacher_learns ? 3 : 2) + 10 * ld;
-    const int64_t numbers = tile * (T && soft_two ? 2 : 1) + T * per_teacher + 15 * ld;
-    memory = static_cast<A*>(aligned_alloc(64, (numbers * sizeof(A) + T * sizeof(Teacher) + 127) / 64 * 64));
-    A* p = memory;
-    auto take = [&](int64_t n) { return (p += n) - n; };
-    z = take(tile);
-    z2 = T && soft_two ? take(tile) : nullptr;
-    for (A** row :
-         {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out, &f1, &f2})
-      *row = take(ld);
-    label = reinterpret_cast<Int*>(take(ld));
-    teachers = reinterpret_cast<Teacher*>(p + T * per_teacher);
-    for (int r = 0; r < T; ++r) {
-      Teacher& t = teachers[r];
-      t.z = take(tile);
-      t.u = take(tile);
-      t.a = teacher_learns ? take(tile) : nullptr;
-      for (A** row : {&t.max, &t.factor, &t.P, &t.dot, &t.k, &t.y, &t.kl, &t.S, &t.scaled}) *row = take(ld);
-      t.arg = reinterpret_cast<Int*>(take(ld));
-    }
+    int64_t bytes = 0;
+    lay_out([&bytes](int64_t n) -> char* { return bytes += (n + 63) / 64 * 64, nullptr; });
+    memory = static_cast<char*>(aligned_alloc(64, bytes));
+    bytes = 0;
+    lay_out([&bytes, this](int64_t n) { return memory + ((bytes += (n + 63) / 64 * 64) - (n + 63) / 64 * 64); });
+    for (int e = 0; plan.resizes && e < N; ++e)
+      if (is_resized(e)) resizers[e].begin_launch();
     class_w_sum = 0;
     for (int c = 0; c < C; ++c) class_w_sum += class_weight(c);
     smoothing = A(L.label_smoothing / C);
@@ -151,10 +97,31 @@ class Worker {
   Worker(const Worker&) = delete;
   ~Worker() { free(memory); }
 
-  void run(int64_t tile, double* partial) {
-    begin = tile * plan.tile_pixels;
-    n = plan.pixels - begin < plan.tile_pixels ? plan.pixels - begin : plan.tile_pixels;
+  // A band of tiles, numbered over all images; the sums of each tile go to partial[tile].
+  void run(int64_t band, double* partial) {
+    const int64_t image = band / plan.bands, height = plan.tiles_down * plan.tile_rows;
+    const int64_t y0 = band % plan.bands * height, y1 = y0 + height < plan.height ? y0 + height : plan.height;
+    over_resizers([&](Resizer<A>& resizer) { resizer.begin_band(image, y0, y1); });
+    partial += band * plan.tiles_down * plan.tiles_across * (T + 1) * N;
+    for (int64_t y = y0; y < y1; y += plan.tile_rows) {
+      const int64_t rows = y1 - y < plan.tile_rows ? y1 - y : plan.tile_rows;
+      for (int64_t x = 0; x < plan.width; x += plan.tile_columns, partial += (T + 1) * N) {
+        const int64_t left = plan.width - x, columns = left < plan.tile_columns ? left : plan.tile_columns;
+        run({image, y, x, rows, columns}, partial);
+      }
+      over_resizers([&](Resizer<A>& resizer) { resizer.end_tiles_across(y + rows); });
+    }
+  }
+
+ private:
+  void run(const Tile& tile, double* partial) {
+    begin = (tile.image * plan.height + tile.y) * plan.width + tile.x;
+    spans = tile.columns == plan.width ? 1 : tile.rows;  // full rows lie one after the other
+    span = spans == 1 ? tile.rows * tile.columns : tile.columns;
+    if (begin + span > plan.pixels) span = plan.pixels - begin;  // the last tile, where none is resized
+    n = spans * span;
     width = (n + kLanes - 1) / kLanes * kLanes;
+    over_resizers([&](Resizer<A>& resizer) { resizer.begin_tile(tile); });
     pixel_weights();
     for (int r = 0; r < T; ++r) {
       expect(r + 1 < T ? L.teachers[r + 1] : next_student(0));
@@ -170,7 +137,40 @@ class Worker {
     stream_fence();
   }
 
- private:
+  // Points everything to memory that take(bytes) returns.
+  template <class Take>
+  void lay_out(Take take) {
+    auto numbers = [&take](int64_t n) { return reinterpret_cast<A*>(take(n * sizeof(A))); };
+    const int64_t tile = C * ld;
+    z = numbers(tile);
+    z2 = T && soft_two ? numbers(tile) : nullptr;
+    for (A** row :
+         {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out, &f1, &f2})
+      *row = numbers(ld);
+    label = reinterpret_cast<Int*>(numbers(ld));
+    teachers = reinterpret_cast<Teacher*>(take(T * sizeof(Teacher)));
+    for (int r = 0; r < T; ++r) {
+      Teacher layout{};
+      Teacher& t = teachers ? teachers[r] : layout;
+      t.z = numbers(tile);
+      t.u = numbers(tile);
+      t.a = teacher_learns ? numbers(tile) : nullptr;
+      for (A** row : {&t.max, &t.factor, &t.P, &t.dot, &t.k, &t.y, &t.kl, &t.S, &t.scaled}) *row = numbers(ld);
+      t.arg = reinterpret_cast<Int*>(numbers(ld));
+    }
+    resizers = plan.resizes ? reinterpret_cast<Resizer<A>*>(take(N * sizeof(Resizer<A>))) : nullptr;
+    for (int e = 0; plan.resizes && e < N; ++e) {
+      Resizer<A> layout{};
+      if (is_resized(e)) (resizers ? resizers[e] : layout).lay_out(L, plan, e, numbers);
+    }
+  }
+  bool is_resized(int e) const { return plan.resizes && plan.resizes[e].needed; }
+  template <class F>
+  SELFREG_ALWAYS void over_resizers(F f) {
+    for (int e = 0; plan.resizes && e < N; ++e)
+      if (is_resized(e)) f(resizers[e]);
+  }
+
   // Planes a multiple of 4 KB apart, as those of 128 x 128 pixels: all channels of a pixel fall into the same few sets
   // of a cache, which does not hold them until they are used.
   bool shares_cache_sets(const View& v) const { return v.stride_c * int64_t(sizeof(A)) % 4096 == 0 && C > 8; }
@@ -209,15 +209,19 @@ class Worker {
   const A tau;
   bool soft_two, gradient, teacher_learns;
   A class_w_sum, smoothing;
-  int64_t ld, begin, n, width;
+  int64_t ld;
+  int64_t begin, spans, span;  // the tile's first pixel; it has `spans` times `span` consecutive ones, a row apart
+  int64_t n, width;            // pixels of the tile; rounded up to vectors
   Ahead ahead;
   bool uncounted;  // there are pixels in the tile (or beyond its end) that do not count
-  A *memory, *z, *z2;
+  char* memory;
+  A *z, *z2;
   A *max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1, *f2;
   Int* label;
   Teacher* teachers;
-  Rows logits;    // of the student at hand
-  const A* peak;  // their maxima
+  Resizer<A>* resizers;  // [N], of the exits that are resized
+  Rows logits;           // of the student at hand
+  const A* peak;         // their maxima
 
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
   A* row(A* tile, int c) const { return tile + c * ld; }
@@ -239,17 +243,37 @@ class Worker {
     for (int64_t i = 0, end = width; i < end; i += kLanes) f(i);
   }
 
+  // Calls f(pixel in B x H x W, first of the tile's) for each span.
+  template <class F>
+  SELFREG_ALWAYS void over_spans(F f) const {
+    for (int64_t k = 0; k < spans; ++k) f(begin + k * plan.width, k * span);
+  }
+  // Calls f(offset in elements, first of the tile's pixels, number of pixels) for each run of an exit in the tile.
+  template <class F>
+  SELFREG_ALWAYS void over_runs(const View& v, const Runs& runs, F f) const {
+    over_spans([&](int64_t pixel, int64_t first) {
+      for_runs(v, runs, L, pixel, span, [&](int64_t offset, int64_t i, int64_t count) { f(offset, first + i, count); });
+    });
+  }
+  bool is_one_run(const Runs& runs) const { return spans == 1 && runs.length - begin % runs.length >= n; }
+
   // The weight of every pixel in label and soft losses, and its label. Past the last pixel: weight 0, label 0.
   void pixel_weights() {
-    const A* const weight = L.pixel_weight ? static_cast<const A*>(L.pixel_weight) + begin : nullptr;
-    for (int64_t i = 0; i < n; ++i) soft_w[i] = weight ? weight[i] : A(1);
+    const A* const weight = static_cast<const A*>(L.pixel_weight);
+    over_spans([&](int64_t pixel, int64_t first) {
+      for (int64_t i = 0; i < span; ++i) soft_w[first + i] = weight ? weight[pixel + i] : A(1);
+    });
     for (int64_t i = n; i < width; ++i) soft_w[i] = label_w[i] = 0, label[i] = 0;
     if (L.labels) {
-      switch (L.label_type) {
-        case LabelType::uint8: read_labels(static_cast<const uint8_t*>(L.labels) + begin); break;
-        case LabelType::int32: read_labels(static_cast<const int32_t*>(L.labels) + begin); break;
-        case LabelType::int64: read_labels(static_cast<const int64_t*>(L.labels) + begin); break;
-      }
+      over_spans([&](int64_t pixel, int64_t first) {
+        switch (L.label_type) {
+          case LabelType::uint8: read_labels(static_cast<const uint8_t*>(L.labels) + pixel, first); break;
+          case LabelType::int32: read_labels(static_cast<const int32_t*>(L.labels) + pixel, first); break;
+          case LabelType::int64: read_labels(static_cast<const int64_t*>(L.labels) + pixel, first); break;
+        }
+      });
+      if (L.class_weight)
+        for (int64_t i = 0; i < width; ++i) hot[i] = class_weight(int(label[i])) * A(1 - L.label_smoothing);
       if (L.mask_soft) memcpy(soft_w, label_w, n * sizeof(A));
     }
     const A* const counted = counted_weight();
@@ -259,20 +283,18 @@ class Worker {
     uncounted = zeros;
   }
   template <class Label>
-  void read_labels(const Label* labels) {
+  void read_labels(const Label* labels, int64_t first) {
     const Label ignore = Label(L.ignore_index);
     const bool any_ignored = int64_t(ignore) == L.ignore_index;  // else no Label equals it
-    const A* const weight = soft_w;
-    A* const to = label_w;
-    Int* const y = label;
+    const A* const weight = soft_w + first;
+    A* const to = label_w + first;
+    Int* const y = label + first;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < span; ++i) {
       const bool valid = !(any_ignored & (labels[i] == ignore));
       y[i] = valid ? Int(labels[i]) : 0;
       to[i] = valid ? weight[i] : A(0);
     }
-    if (L.class_weight)
-      for (int64_t i = 0; i < width; ++i) hot[i] = class_weight(int(y[i])) * A(1 - L.label_smoothing);
   }
   // A pixel that counts for the labels counts for soft losses, if there are any.
   const A* counted_weight() const { return T ? soft_w : label_w; }
@@ -284,12 +306,12 @@ class Worker {
   // worth the trouble; then the prefetches fall on this worker's own scratch.
   void expect(int e) {
     ahead = {reinterpret_cast<const char*>(z), 0, 0};
-    if (e == N) return;
+    if (e == N || is_resized(e)) return;
     const View& v = L.exits[e];
     const Runs runs = runs_of(v, L);
-    if (runs.step != 1 || shares_cache_sets(v) || runs.length - begin % runs.length < n) return;
+    if (runs.step != 1 || shares_cache_sets(v) || !is_one_run(runs)) return;
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
-    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t, int64_t) {
+    over_runs(v, runs, [&](int64_t offset, int64_t, int64_t) {
       ahead = {static_cast<const char*>(v.data) + offset * bytes, v.stride_c * bytes, bytes};
     });
   }
@@ -298,7 +320,7 @@ class Worker {
   void read_as(const View& v, A* to, int c0, int c1) {
     const S* data = static_cast<const S*>(v.data);
     const Runs runs = runs_of(v, L);
-    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+    over_runs(v, runs, [&](int64_t offset, int64_t first, int64_t count) {
       if (runs.step == 1) {
         for (int c = c0; c < c1; ++c) {
           A* dst = row(to, c) + first;
@@ -338,14 +360,21 @@ class Worker {
   SELFREG_ALWAYS void over_channel_blocks(F f) const {
     for (int c = 0; c < C; c += kLanes) f(c + kLanes <= C ? c : C - kLanes);
   }
-  void read(const View& v, A* to, int c0, int c1) {
-    if constexpr (sizeof(A) == 8) {
-      read_as<double>(v, to, c0, c1);
+  void read(int e, A* to, int c0, int c1) {
+    if (is_resized(e)) {
+      const Resizer<A>& resizer = resizers[e];
+      if (c1 - c0 == kBlock) {
+        resizer.template interpolate<kBlock>(c0, row(to, c0), ld);
+      } else {
+        for (int c = c0; c < c1; ++c) resizer.template interpolate<1>(c, row(to, c), ld);
+      }
+    } else if constexpr (sizeof(A) == 8) {
+      read_as<double>(L.exits[e], to, c0, c1);
     } else {
       switch (L.dtype) {
-        case DType::float32: read_as<float>(v, to, c0, c1); break;
-        case DType::float16: read_as<Half>(v, to, c0, c1); break;
-        default: read_as<BFloat>(v, to, c0, c1);
+        case DType::float32: read_as<float>(L.exits[e], to, c0, c1); break;
+        case DType::float16: read_as<Half>(L.exits[e], to, c0, c1); break;
+        default: read_as<BFloat>(L.exits[e], to, c0, c1);
       }
     }
     if (width > n)
@@ -354,24 +383,26 @@ class Worker {
   }
   // Finds the maximum over channels, and the logits: in memory as they are, where they can be used so; else read into
   // scratch, and cleared at pixels that do not count (a NaN there reaches nothing).
-  Rows read_with_max(const View& v, A* scratch, A* m) {
+  Rows read_with_max(int e, A* scratch, A* m) {
+    const View& v = L.exits[e];
     const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
     over_pixels([&](int64_t i) { store(m + i, lowest); });
+    const bool resized = is_resized(e);
     const Runs runs = runs_of(v, L);
-    const bool row_by_row = runs.step == 1;
-    const bool in_place = row_by_row && !uncounted && !shares_cache_sets(v) && runs.length - begin % runs.length >= n &&
+    const bool row_by_row = resized || runs.step == 1, apart = !resized && shares_cache_sets(v);
+    const bool in_place = row_by_row && !resized && !uncounted && !apart && is_one_run(runs) &&
                           L.dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64);
     Rows rows{scratch, ld};
     if (in_place) {
-      for_runs(v, runs, L, begin, n,
-               [&](int64_t offset, int64_t, int64_t) { rows = {static_cast<const A*>(v.data) + offset, v.stride_c}; });
+      over_runs(v, runs,
+                [&](int64_t offset, int64_t, int64_t) { rows = {static_cast<const A*>(v.data) + offset, v.stride_c}; });
     } else if (!row_by_row) {
-      read(v, scratch, 0, C);
+      read(e, scratch, 0, C);
     }
     for (int c0 = 0; c0 < C; c0 += kBlock) {
       const int c1 = c0 + kBlock < C ? c0 + kBlock : C;
-      if (row_by_row && shares_cache_sets(v)) prefetch_rows(v, runs, c0 + 2 * kBlock, c0 + 3 * kBlock);
-      if (row_by_row && !in_place) read(v, scratch, c0, c1);
+      if (row_by_row && apart) prefetch_rows(v, runs, c0 + 2 * kBlock, c0 + 3 * kBlock);
+      if (row_by_row && !in_place) read(e, scratch, c0, c1);
       if (uncounted) clear_uncounted(scratch, c0, c1);
       const int64_t stride = rows.stride;
       const A* const x = rows.data + c0 * stride;
@@ -391,7 +422,7 @@ class Worker {
   // A few rows ahead of the reading, where the whole next tile cannot be fetched ahead.
   void prefetch_rows(const View& v, const Runs& runs, int c0, int c1) {
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
-    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t, int64_t count) {
+    over_runs(v, runs, [&](int64_t offset, int64_t, int64_t count) {
       for (int c = c0; c < c1 && c < C; ++c) {
         const char* p = static_cast<const char*>(v.data) + (offset + c * v.stride_c) * bytes;
         for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
@@ -410,7 +441,7 @@ class Worker {
   void write_as(const View& v, int c0, int c1) {
     S* data = static_cast<S*>(v.data);
     const Runs runs = runs_of(v, L);
-    for_runs(v, runs, L, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+    over_runs(v, runs, [&](int64_t offset, int64_t first, int64_t count) {
       if (runs.step == 1) {
         for (int c = c0; c < c1; ++c) write_row(data + offset + c * v.stride_c, row(z, c) + first, count);
         return;
@@ -467,7 +498,7 @@ class Worker {
 
   void teach(int r) {
     Teacher& t = teachers[r];
-    t.logits = read_with_max(L.exits[L.teachers[r]], t.z, t.max);
+    t.logits = read_with_max(L.teachers[r], t.z, t.max);
     if (L.target == Target::argmax) {
       argmax(t);
     } else {
@@ -560,7 +591,7 @@ class Worker {
       logits = teachers[self].logits;
       peak = teachers[self].max;
     } else {
-      logits = read_with_max(L.exits[e], z, max);
+      logits = read_with_max(e, z, max);
       peak = max;
     }
     pick();
@@ -614,8 +645,12 @@ class Worker {
     if (!gradient) return;
     auto fill_row = [&](int r, A* k, const A* weight, A norm) {
       if (L.grad_losses && L.reduction == Reduction::none) {
-        const A* map = static_cast<const A*>(L.grad_losses) + entry(r, e) * plan.pixels + begin;
-        for (int64_t i = 0; i < width; ++i) k[i] = weight[i] == 0 ? A(0) : map[i] * weight[i];
+        const A* const map = static_cast<const A*>(L.grad_losses) + entry(r, e) * plan.pixels;
+        over_spans([&](int64_t pixel, int64_t first) {
+          for (int64_t i = 0; i < span; ++i)
+            k[first + i] = weight[first + i] == 0 ? A(0) : map[pixel + i] * weight[first + i];
+        });
+        for (int64_t i = n; i < width; ++i) k[i] = 0;
       } else {
         const A g = L.grad_losses ? static_cast<const A*>(L.grad_losses)[entry(r, e)] : A(L.weights[entry(r, e)]);
         over_pixels([&](int64_t i) { store(k + i, load<V>(weight + i) * (g * norm)); });
@@ -763,7 +798,8 @@ class Worker {
       sums += __builtin_convertvector(weighted, Sums);
     });
     if (map) {
-      memcpy(static_cast<A*>(L.losses) + entry(r, e) * plan.pixels + begin, out, n * sizeof(A));
+      A* const to = static_cast<A*>(L.losses) + entry(r, e) * plan.pixels;
+      over_spans([&](int64_t pixel, int64_t first) { memcpy(to + pixel, out + first, span * sizeof(A)); });
       return;
     }
     double sum_of_lanes = 0;
@@ -772,7 +808,8 @@ class Worker {
   }
   void put_zeros(int r, int e, double* partial) {
     if (L.reduction == Reduction::none) {
-      memset(static_cast<A*>(L.losses) + entry(r, e) * plan.pixels + begin, 0, n * sizeof(A));
+      A* const to = static_cast<A*>(L.losses) + entry(r, e) * plan.pixels;
+      over_spans([&](int64_t pixel, int64_t) { memset(to + pixel, 0, span * sizeof(A)); });
     } else {
       partial[entry(r, e)] = 0;
     }
@@ -821,7 +858,8 @@ class Worker {
       if constexpr (TWO) store(f2 + i, q2 / load<V>(sum2 + i));
     });
     const View& v = L.grads[e];
-    const bool row_by_row = runs_of(v, L).step == 1;
+    const bool resized = is_resized(e), row_by_row = !resized && runs_of(v, L).step == 1;
+    int gathered = 0;
     for (int c = 0; c < C; c += kBlock) {
       const int c1 = c + kBlock < C ? c + kBlock : C;
       if (c1 - c == kBlock) {
@@ -830,8 +868,12 @@ class Worker {
         for (int k = c; k < c1; ++k) gradient_block<ONE, TWO, 1>(k, soft, self);
       }
       if (row_by_row) write(v, c, c1);
+      if (resized && (c1 - gathered >= kLanes || c1 == C)) {
+        resizers[e].gather(gathered, c1, row(z, gathered), ld);
+        gathered = c1;
+      }
     }
-    if (!row_by_row) write(v, 0, C);
+    if (!resized && !row_by_row) write(v, 0, C);
   }
   template <bool ONE, bool TWO, int CB>
   void gradient_block(int c0, bool soft, const Teacher* self) {
@@ -878,6 +920,7 @@ class Worker {
     });
   }
   void write_zeros(int e) {
+    if (is_resized(e)) return;  // nothing is added to its sums
     memset(z, 0, C * ld * sizeof(A));
     write(L.grads[e], 0, C);
   }
@@ -933,16 +976,27 @@ PixelCounts count(const ExitLoss& L, int64_t begin, int64_t end) {
 template <class A>
 void run_tiles(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
   Worker<A> worker(L, plan);
-  for (int64_t tile = begin; tile < end; ++tile) worker.run(tile, partial + tile * (L.T + 1) * L.N);
+  for (int64_t band = begin; band < end; ++band) worker.run(band, partial);
 }
 
 PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {
   return L.dtype == DType::float64 ? count<double>(L, begin, end) : count<float>(L, begin, end);
 }
 
+template <class A>
+void join_as(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
+  A* const sum = static_cast<A*>(malloc(plan.resizes[e].columns.size * L.C * sizeof(A)));
+  for (int64_t image = begin; image < end; ++image) Resizer<A>::join(L, plan, e, image, sum);
+  free(sum);
+}
+
 void run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
   L.dtype == DType::float64 ? run_tiles<double>(L, plan, begin, end, partial)
                             : run_tiles<float>(L, plan, begin, end, partial);
+}
+
+void join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
+  L.dtype == DType::float64 ? join_as<double>(L, plan, e, begin, end) : join_as<float>(L, plan, e, begin, end);
 }
 
 }  // namespace
@@ -955,7 +1009,7 @@ void run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, do
 namespace selfreg {
 
 const CpuKernels& SELFREG_NAME(cpu_kernels_, SELFREG_ISA)() {
-  static constexpr CpuKernels kernels{SELFREG_STRING(SELFREG_ISA), count_any, run_any};
+  static constexpr CpuKernels kernels{SELFREG_STRING(SELFREG_ISA), count_any, run_any, join_any};
   return kernels;
 }
 

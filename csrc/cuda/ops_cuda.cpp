@@ -41,7 +41,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cuda(
     const std::vector<Tensor>& exits, const std::optional<Tensor>& labels, const std::optional<Tensor>& class_weight,
     const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& grad_losses,
     const std::vector<double>& weights, const Ints& wanted, const Ints& teachers, double temperature, int64_t target,
-    int64_t ignore_index, double label_smoothing, bool mask_soft, bool detach_teacher, int64_t reduction) {
+    int64_t ignore_index, double label_smoothing, bool mask_soft, bool detach_teacher, int64_t reduction,
+    const Ints& size, bool align_corners) {
   check(!exits.empty(), "exits: expected at least one");
   check(exits.size() <= kMaxCudaExits, "exits: expected at most ", kMaxCudaExits, " on a GPU, got ", exits.size());
   const int device = device_of(exits[0]);
@@ -52,8 +53,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cuda(
     check_cuda(cuda_launch(launch, room.mutable_data_ptr(), device, current_stream(device)));
   };
   return exit_loss(
-      run, [](void*, int64_t) {}, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted, teachers,
-      temperature, target, ignore_index, label_smoothing, mask_soft, detach_teacher, reduction);
+      run, false, [](void*, int64_t) {}, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted,
+      teachers, temperature, target, ignore_index, label_smoothing, mask_soft, detach_teacher, reduction, size,
+      align_corners);
 }
 
 // Whether the tensor's elements are all of those between its first and its last.

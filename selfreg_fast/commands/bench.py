@@ -43,6 +43,7 @@ class Case(NamedTuple):
     terms: str  # "sr-f", "sr-l", or "objective" for MEA + SR-F + SR-L
     exits: int
     shape: tuple[int, int, int, int]  # (B, C, H, W) of each exit
+    size: tuple[int, int] | None = None  # (H, W) to which they are resized
 
     @property
     def learners(self) -> range:
@@ -56,6 +57,8 @@ CASES = {
     "objective-voc": Case("objective", 5, (2, 21, 321, 321)),
     "sr-l-cityscapes": Case("sr-l", 3, (2, 19, 512, 1024)),
     "sr-f-features": Case("sr-f", 5, (1, 256, 81, 81)),
+    "resized-voc": Case("objective", 5, (8, 21, 41, 41), (321, 321)),
+    "resized-cityscapes": Case("objective", 3, (1, 19, 64, 128), (512, 1024)),
 }
 DEFAULT_CASES = list(CASES)[:3]
 
@@ -166,31 +169,39 @@ def tuned(terms: str) -> Loss:
     return loss
 
 
-def ours(library: ModuleType, terms: str, **backend: str) -> Loss:
+def resized(loss: Loss, size: tuple[int, int] | None) -> Loss:
+    """A loss of exits that are first resized to `size`."""
+    if size is None:
+        return loss
+    return lambda exits, labels: loss([F.interpolate(z, size=size, mode="bilinear") for z in exits], labels)
+
+
+def ours(library: ModuleType, case: Case, **backend: str) -> Loss:
     """This package's function for the terms, fused or from its reference."""
+    common: dict[str, Any] = {"temperature": TAU, "size": case.size, **backend}
 
     def loss(exits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        if terms == "objective":
-            total = library.self_regulation_loss(exits, labels, temperature=TAU, ignore_index=IGNORE, **backend).total
+        if case.terms == "objective":
+            total = library.self_regulation_loss(exits, labels, ignore_index=IGNORE, **common).total
             return total  # type: ignore[no-any-return]
-        function = library.sr_f_loss if terms == "sr-f" else library.sr_l_loss
-        return function(exits, temperature=TAU, **backend)  # type: ignore[no-any-return]
+        function = library.sr_f_loss if case.terms == "sr-f" else library.sr_l_loss
+        return function(exits, **common)  # type: ignore[no-any-return]
 
     return loss
 
 
-def peers(terms: str) -> dict[str, Loss]:
+def peers(case: Case) -> dict[str, Loss]:
     """Whom we compare; the fused ones only where there are kernels."""
     found = {
-        "as written": as_written(terms),
-        "reference": ours(reference, terms),
-        "tuned eager": tuned(terms),
-        COMPILED: torch.compile(tuned(terms), fullgraph=True, dynamic=False),
+        "as written": resized(as_written(case.terms), case.size),
+        "reference": ours(reference, case),
+        "tuned eager": resized(tuned(case.terms), case.size),
+        COMPILED: torch.compile(resized(tuned(case.terms), case.size), fullgraph=True, dynamic=False),
     }
     if CPU_KERNELS:
-        found[FUSED] = ours(functional, terms, backend="cpu")
-        if terms == "objective":
-            found[FUSED_SR_L] = ours(functional, "sr-l", backend="cpu")
+        found[FUSED] = ours(functional, case, backend="cpu")
+        if case.terms == "objective":
+            found[FUSED_SR_L] = ours(functional, case._replace(terms="sr-l"), backend="cpu")
     return found
 
 
@@ -230,8 +241,8 @@ def make_inputs(case: Case, dtype: str, channels_last: bool, sets: int) -> tuple
         for i in case.learners:
             exits[i].requires_grad_()
         made.append(exits)
-    batch, channels, height, width = case.shape
-    labels = torch.randint(channels, (batch, height, width), generator=generator)
+    batch, channels, *own = case.shape
+    labels = torch.randint(channels, (batch, *(case.size or own)), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.05] = IGNORE
     return made, labels
 
@@ -247,7 +258,7 @@ def measure(name: str, dtype: str, channels_last: bool, repeats: int) -> list[Re
     console = Console(stderr=True)
     # No automatic refresh: its thread would take time from what is measured.
     with Progress(console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as progress:
-        found = peers(case.terms)
+        found = peers(case)
         task = progress.add_task(name, total=2 * len(found) + (len(found) + 1) * (repeats + 1))
 
         def advance(steps: int = 1) -> None:
@@ -309,7 +320,7 @@ def measure_peaks(name: str, dtype: str, channels_last: bool, names: Sequence[st
     """Peak memory of one step of each named peer above the inputs; meant for a fresh process."""
     case = CASES[name]
     exits, labels = make_inputs(case, dtype, channels_last, sets=1)
-    found = peers(case.terms)
+    found = peers(case)
     peaks = {}
     for peer in names:
         trial = Trial(found[peer], itertools.cycle(exits), labels)
@@ -327,6 +338,7 @@ def _record(name: str, case: Case, peer: str, dtype: str) -> Record:
         "terms": case.terms,
         "exits": case.exits,
         "shape": "x".join(map(str, case.shape)),
+        "size": "x".join(map(str, case.size or case.shape[2:])),
         "peer": peer,
         **dict.fromkeys(phases),
         "times_fused": None,
@@ -342,12 +354,18 @@ def _record(name: str, case: Case, peer: str, dtype: str) -> Record:
 def _table(name: str, records: Sequence[Record]) -> Table:
     first = records[0]
     case, moved, gradients = CASES[name], first["bytes_to_move"], first["gradient_bytes"]
+    resized_to = ""
+    if case.size is not None:
+        number = gradients // len(case.learners) // math.prod(case.shape)
+        one = math.prod((*case.shape[:2], *case.size)) * number / 2**20
+        resized_to = f" One exit resized to {case.size} would be {one:.1f} MiB."
     table = Table(
-        title=f"{name}: {case.exits} exits {case.shape}, {len(case.learners)} of them with a gradient",
+        title=f"{name}: {case.exits} exits {case.shape}, {len(case.learners)} of them with a gradient"
+        + (f", resized to {case.size}" if case.size else ""),
         caption=f"must move: ({case.exits} exits read + {len(case.learners)} gradients written) x {first['shape']} x "
         f"{gradients // len(case.learners) // math.prod(case.shape)} bytes = {moved / 1e6:.1f} MB; "
         f"gradients {gradients / 2**20:.1f} MiB. GB/s: that by both. In the same rounds, a copy reads plus writes "
-        f"{first['copy_gb_per_s']:.1f} GB/s. Peak: above the inputs.",
+        f"{first['copy_gb_per_s']:.1f} GB/s. Peak: above the inputs.{resized_to}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,  # the table fits into 80 columns

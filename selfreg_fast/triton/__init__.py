@@ -45,6 +45,8 @@ def exit_loss(
     mask_soft: bool,
     detach_teacher: bool,
     reduction: int,
+    size: Sequence[int],
+    align_corners: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Losses, their weighted sum, and the gradients of the `wanted` exits: see :func:`selfreg_fast.ops.exit_loss`."""
     first = exits[0]
@@ -163,7 +165,7 @@ def warmup(
     c = torch.ones(num_classes, dtype=accurate, device=device) if class_weight else None
     p = torch.ones((2, 8, 8), dtype=accurate, device=device) if pixel_weight else None
     kind = ARGMAX if target == "argmax" else RENORMALIZED if renormalize else RAW
-    options = (rows, temperature, kind, 255, label_smoothing, False, detach_teacher, MEAN)
+    options = (rows, temperature, kind, 255, label_smoothing, False, detach_teacher, MEAN, shape[2:], False)
     everyone = range(num_exits)
     if dtype == torch.float16:  # its gradients are computed in the backward
         losses = exit_loss(exits, y, c, p, None, weights, (), *options)[1]

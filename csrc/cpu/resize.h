@@ -1,0 +1,354 @@
+// Exits of another size than the output's: bilinear interpolation of a tile's logits, and the way back of its gradient.
+// No tensor of the output's size exists; a tile's interpolated logits live in cache and are gone when it is done.
+//
+// Why so. A tile is many rows high, so that the work at the exit's own resolution is shared: its rows are read once a
+// tile, interpolated vertically at their own width, and only then spread. On the way back the rows of a tile between
+// the same two rows of the exit are added up first, at vector speed; what is left is transposed, so that a vector holds
+// channels, and added to the exit's columns in order. Sums of a row are complete when the tiles below have passed: it
+// is converted and written once, in any layout and dtype, with nothing in memory but the rows under way. Only the rows
+// that two bands share go through memory, at most two an exit and border, and are added up afterwards.
+// - A gather (each element of the exit looks up its pixels) has to compute the softmax of a pixel up to four times, or
+//   to keep (B, C, H, W) of it.
+// - Private copies of the gradient for each band, added up in the end, cost the exits' size again in memory, and more
+// for
+//   every band.
+// - Vertical sums at full width and one horizontal sum a row of the exit need 2 C W numbers an exit, which for wide
+//   outputs no cache holds; that is why tiles are summed horizontally one by one.
+#pragma once
+
+#include "cpu.h"
+#include "storage.h"
+#include "vec.h"
+
+namespace {
+
+using namespace selfreg;
+
+// Where w is 0 the other one does not matter, be it infinite or NaN.
+template <class A>
+SELFREG_ALWAYS A between(A a, A b, A w) {
+  return w == 0 ? a : (1 - w) * a + w * b;
+}
+
+// One resized exit in the hands of one worker, which goes through bands, and in each from tile to tile.
+template <class A>
+class Resizer {
+  using V = typename VecOf<A>::V;
+  using VInt = typename VecOf<A>::VInt;
+  static constexpr int kLanes = sizeof(V) / sizeof(A);
+
+ public:
+  static constexpr int kBlock = 4;  // channels that are interpolated together
+
+  // Takes memory by take(numbers of A), which may be none, to see how much it needs.
+  template <class Take>
+  void lay_out(const ExitLoss& launch, const Plan& the_plan, int e, Take take) {
+    L = &launch, plan = &the_plan, exit = &launch.exits[e], grad = &launch.grads[e], R = &the_plan.resizes[e];
+    C = int(launch.C);
+    line = (R->most_columns + 2 * kLanes) / kLanes * kLanes;
+    pixel = (C + kLanes - 1) / kLanes * kLanes;
+    patch_row = (R->held_rows < 2 * plan->tile_rows ? R->held_rows : 2 * plan->tile_rows) * line;
+    patch = take(C * patch_row);
+    across = take(2 * kBlock * line);
+    weight_x = take(plan->width + kLanes);
+    weight_y = take(2 * plan->tile_rows);
+    rows = reinterpret_cast<int32_t*>(take(3 * plan->tile_rows));
+    sums = grad->data ? take(R->held_rows * R->columns.size * pixel) : nullptr;
+  }
+  void begin_launch() {
+    memset(patch, 0, C * patch_row * sizeof(A));
+    for (int64_t x = 0; x < plan->width + kLanes; ++x) weight_x[x] = x < plan->width ? A(R->columns.weight[x]) : A(0);
+  }
+
+  void begin_band(int64_t image_, int64_t y0, int64_t y1) {
+    image = image_, begin = y0, end = y1;
+    if (!sums) return;
+    const int64_t low = R->rows.low[y0];
+    next = y0 == 0 ? 0 : R->rows.high(y0 - 1) + 1 < low ? R->rows.high(y0 - 1) + 1 : low;
+    held = low;
+    memset(sums, 0, R->held_rows * R->columns.size * pixel * sizeof(A));
+  }
+
+  // What of the exit the tile needs: its rows, with the weights of both, and its columns.
+  void begin_tile(const Tile& the_tile) {
+    tile = the_tile;
+    const int64_t segment = tile.x / plan->tile_columns;
+    taken = R->taken + segment * plan->tile_columns * 2;
+    count = R->count[segment];
+    int32_t* const needed = rows + plan->tile_rows;
+    int64_t found = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int32_t low = R->rows.low[tile.y + r], high = int32_t(R->rows.high(tile.y + r));
+      if (!found || needed[found - 1] < low) needed[found++] = low;
+      if (needed[found - 1] < high) needed[found++] = high;
+      rows[r] = int32_t(found - 1 - (high - low));
+      weight_y[2 * r + 1] = A(R->rows.weight[tile.y + r]);
+      weight_y[2 * r] = 1 - weight_y[2 * r + 1];
+    }
+    if constexpr (sizeof(A) == 8) {
+      read<double>(needed, found);
+    } else {
+      switch (L->dtype) {
+        case DType::float32: read<float>(needed, found); break;
+        case DType::float16: read<Half>(needed, found); break;
+        default: read<BFloat>(needed, found);
+      }
+    }
+  }
+
+  // Channels [c0, c0 + CB) of the tile, interpolated, to rows `ld` apart. Up to a vector's pixels beyond are written.
+  template <int CB>
+  void interpolate(int c0, A* to, int64_t ld) const {
+    A *const lines = across, *const steps = across + kBlock * line;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const A w = weight_y[2 * r + 1];
+      const A* const above = patch + c0 * patch_row + rows[r] * line;
+      const A* const below = w == 0 ? above : above + line;
+      // Vertically, at the exit's width; then the steps from column to column.
+      VInt odd{};  // true where something is not finite
+      for (int k = 0; k < CB; ++k) {
+        const A *const a = above + k * patch_row, *const b = below + k * patch_row;
+        A *const l = lines + k * line, *const d = steps + k * line;
+        for (int64_t x = 0; x < count; x += kLanes) {
+          const V v = load<V>(a + x);
+          store(l + x, v + w * (load<V>(b + x) - v));
+        }
+        l[count] = l[count - 1];
+        for (int64_t x = 0; x < count; x += kLanes) {
+          const V step = load<V>(l + x + 1) - load<V>(l + x);
+          store(d + x, step);
+          odd |= step - step != V{};
+        }
+      }
+      A* const out = to + r * tile.columns;
+      any(odd) ? careful<CB>(c0, r, out, ld) : spread<CB>(out, ld);
+    }
+  }
+
+  // Adds the gradient of channels [c0, c1) at the tile's pixels, in rows `ld` apart, to the exit's; c0 is a multiple of
+  // the vector.
+  void gather(int c0, int c1, const A* from, int64_t ld) {
+    const int64_t row = R->columns.size * pixel;
+    for (int64_t r0 = 0, r1; r0 < tile.rows; r0 = r1) {
+      const int32_t low = R->rows.low[tile.y + r0];
+      bool both = false;
+      for (r1 = r0; r1 < tile.rows && R->rows.low[tile.y + r1] == low; ++r1) both |= weight_y[2 * r1 + 1] != 0;
+      for (int side = 0; side <= int(both); ++side)
+        for (int c = c0; c < c1; c += kLanes) {
+          A* const to = sums + (low + side - held) * row + c;
+          gather_rows(from + (c - c0) * ld, ld, c1 - c < kLanes ? c1 - c : kLanes, r0, r1, weight_y + side, to);
+        }
+    }
+  }
+
+  // After a row of tiles that ends before output row y: the rows of the exit that nothing below adds to are written.
+  void end_tiles_across(int64_t y) {
+    if (!sums) return;
+    const Axis& axis = R->rows;
+    const int64_t row = R->columns.size * pixel, last = axis.high(y - 1);
+    const int64_t until = y < end ? axis.low[y] : y < L->H ? last + 1 : axis.size;
+    for (; next < until; ++next) finish(next, next <= last && next >= held ? sums + (next - held) * row : nullptr);
+    if (y == end) return;
+    const int64_t kept = last - until + 1 > 0 ? last - until + 1 : 0;
+    if (kept) memmove(sums, sums + (until - held) * row, kept * row * sizeof(A));
+    memset(sums + kept * row, 0, (R->held_rows - kept) * row * sizeof(A));
+    held = until;
+  }
+
+  // The rows that bands of an image share, added up from top to bottom.
+  static void join(const ExitLoss& L, const Plan& plan, int e, int64_t image, A* sum) {
+    const Axis& axis = plan.resizes[e].rows;
+    const int64_t width = plan.resizes[e].columns.size, row = width * L.C;
+    const int64_t band = plan.tiles_down * plan.tile_rows;
+    auto shares = [&](int64_t y, int64_t i) { return i <= axis.high(y - 1) && i >= axis.low[y]; };
+    for (int64_t y = band; y < L.H; y += band) {
+      for (int64_t i = axis.low[y]; i <= axis.high(y - 1); ++i) {
+        if (y > band && shares(y - band, i)) continue;  // done, from the first border it crosses
+        if (shared_slots(L) == 2) {
+          const View& grad = L.grads[e];
+          const A* const from = static_cast<const A*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
+          for (int64_t x = 0; x < width; ++x)
+            for (int64_t c = 0; c < L.C; ++c) sum[x * L.C + c] = from[x * grad.stride_w + c * grad.stride_c];
+        } else {
+          memcpy(sum, slot(L, plan, e, image, y, 2 + i - axis.low[y - 1]), row * sizeof(A));
+        }
+        for (int64_t border = y; border < L.H && shares(border, i); border += band) {
+          const A* const more = slot(L, plan, e, image, border, i - axis.low[border]);
+#pragma omp simd
+          for (int64_t k = 0; k < row; ++k) sum[k] += more[k];
+        }
+        write(L, L.grads[e], image, i, width, sum, L.C);
+      }
+    }
+  }
+
+ private:
+  const ExitLoss* L;
+  const Plan* plan;
+  const View *exit, *grad;
+  const Resize* R;
+  int C;
+  int64_t line, patch_row, pixel;  // distances of lines, of channels of the patch, of columns of the sums
+  A* patch;                        // [C, rows, line] the part of the exit that the tile needs
+  A* across;                       // [2, kBlock, line] a row between two of them, and its steps from column to column
+  A* weight_x;                     // [W] of the next column
+  A* weight_y;                     // [tile rows, 2] of the row above and of that below
+  int32_t* rows;                   // [tile rows] the row above in the patch; then room to list its rows
+  A* sums;  // [held rows, w, pixel] gradient of the exit's rows from `held` on; null where none is wanted
+  int64_t image, begin, end;  // the band
+  int64_t held, next;         // the first row in `sums`; the first that is not yet written
+  Tile tile;
+  const int32_t* taken;
+  int64_t count;
+
+  static SELFREG_ALWAYS bool any(VInt x) {
+    uint64_t words[kVecBytes / 8], some = 0;
+    memcpy(words, &x, kVecBytes);
+    for (uint64_t word : words) some |= word;
+    return some != 0;
+  }
+
+  template <class S>
+  void read(const int32_t* needed, int64_t found) const {
+    const S* const data = static_cast<const S*>(exit->data) + image * exit->stride_b;
+    const bool together = exit->stride_w == 1 && taken[count - 1] - taken[0] == count - 1;
+    for (int64_t j = 0; j < found; ++j) {
+      const S* const from = data + needed[j] * exit->stride_h;
+      A* const to = patch + j * line;
+      if (together) {
+        for (int c = 0; c < C; ++c) {
+          const S* const src = from + c * exit->stride_c + taken[0];
+          A* const dst = to + c * patch_row;
+#pragma omp simd
+          for (int64_t x = 0; x < count; ++x) convert(dst[x], src[x]);
+        }
+      } else {
+        for (int64_t x = 0; x < count; ++x)
+          for (int c = 0; c < C; ++c)
+            convert(to[c * patch_row + x], from[taken[x] * exit->stride_w + c * exit->stride_c]);
+      }
+    }
+  }
+
+  // Horizontally: a vector's pixels lie between few columns, which one load and a permutation bring; when the exit is
+  // the larger one, they may not.
+  template <int CB>
+  SELFREG_ALWAYS void spread(A* to, int64_t ld) const {
+    const A *const lines = across, *const steps = across + kBlock * line;
+    const int32_t* const place = R->place + tile.x;
+    for (int64_t x = 0; x < tile.columns; x += kLanes) {
+      const int32_t first = place[x];
+      const int64_t last = x + kLanes < tile.columns ? x + kLanes - 1 : tile.columns - 1;
+      if (place[last] - first < kLanes) {
+        VInt at;
+        for (int j = 0; j < kLanes; ++j) at[j] = place[x + j] - first;
+        const V w = load<V>(weight_x + tile.x + x);
+        for (int k = 0; k < CB; ++k) {
+          const V v = __builtin_shuffle(load<V>(lines + k * line + first), at);
+          const V d = __builtin_shuffle(load<V>(steps + k * line + first), at);
+          store(to + k * ld + x, v + w * d);
+        }
+      } else {
+        for (int k = 0; k < CB; ++k)
+          for (int64_t i = x; i <= last; ++i)
+            to[k * ld + i] = lines[k * line + place[i]] + weight_x[tile.x + i] * steps[k * line + place[i]];
+      }
+    }
+  }
+
+  // Row r where something is infinite or NaN, number by number.
+  template <int CB>
+  void careful(int c0, int64_t r, A* to, int64_t ld) const {
+    const A w = weight_y[2 * r + 1];
+    for (int k = 0; k < CB; ++k) {
+      const A* const above = patch + (c0 + k) * patch_row + rows[r] * line;
+      const A* const below = w == 0 ? above : above + line;
+      for (int64_t x = 0; x < tile.columns; ++x) {
+        const A w_x = weight_x[tile.x + x];
+        const int64_t left = R->place[tile.x + x], right = w_x == 0 ? left : left + 1;
+        to[k * ld + x] = between(between(above[left], below[left], w), between(above[right], below[right], w), w_x);
+      }
+    }
+  }
+
+  // Rows [r0, r1) of `channels` channels, each row times its weight, to the columns that they lie between.
+  SELFREG_ALWAYS void gather_rows(const A* from, int64_t ld, int channels, int64_t r0, int64_t r1, const A* weights,
+                                  A* to) {
+    const int32_t* const low = R->columns.low + tile.x;
+    const A* const weight = weight_x + tile.x;
+    const int64_t size = R->columns.size, columns = tile.columns, width = pixel;
+    int32_t column = low[0];
+    V left{}, right{};  // what is to be added to `column` and to the next
+    auto add = [&](int32_t x, V v) { store(to + x * width, load<V>(to + x * width) + v); };
+    for (int64_t x = 0; x < columns; x += kLanes) {
+      V lanes[kLanes] = {};
+      for (int c = 0; c < channels; ++c) {
+        const A* const g = from + c * ld + x;
+        for (int64_t r = r0; r < r1; ++r) lanes[c] += weights[2 * r] * load<V>(g + r * columns);
+      }
+      transpose<V, VInt>(lanes);
+      const int64_t pixels = columns - x < kLanes ? columns - x : kLanes;
+      for (int64_t j = 0; j < pixels; ++j) {
+        if (low[x + j] != column) {
+          add(column, left);
+          left = right, right = V{};
+          if (low[x + j] != ++column) {
+            add(column, left);
+            left = V{};
+            column = low[x + j];
+          }
+        }
+        const A w = weight[x + j];
+        left += (1 - w) * lanes[j];
+        right += w * lanes[j];
+      }
+    }
+    add(column, left);
+    if (column + 1 < size) add(column + 1, right);
+  }
+
+  // Row i of the exit, complete as far as this band goes: sum[w][pixel], or null for zeros.
+  void finish(int64_t i, const A* sum) const {
+    const Axis& axis = R->rows;
+    const int64_t width = R->columns.size;
+    A* to = nullptr;
+    if (begin > 0 && i <= axis.high(begin - 1)) {
+      to = slot(*L, *plan, int(exit - L->exits), image, begin, i - axis.low[begin]);
+    } else if (end < L->H && i >= axis.low[end] && shared_slots(*L) > 2) {
+      to = slot(*L, *plan, int(exit - L->exits), image, end, 2 + i - axis.low[end - 1]);
+    }
+    if (!to) return write(*L, *grad, image, i, width, sum, pixel);
+    for (int64_t x = 0; x < width; ++x) memcpy(to + x * C, sum + x * pixel, C * sizeof(A));
+  }
+
+  // Room for a row that is shared across the border before output row y, for what the band below (0, 1) and, if it may
+  // not be rounded to the gradient's dtype yet, the band above (2, 3) adds to it.
+  static A* slot(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t y, int64_t number) {
+    const int64_t border = image * (plan.bands - 1) + y / (plan.tiles_down * plan.tile_rows) - 1;
+    return static_cast<A*>(plan.resizes[e].shared) +
+           (border * shared_slots(L) + number) * plan.resizes[e].columns.size * L.C;
+  }
+
+  static void write(const ExitLoss& L, const View& grad, int64_t image, int64_t i, int64_t width, const A* sum,
+                    int64_t step) {
+    if constexpr (sizeof(A) == 8) {
+      write_as<double>(L, grad, image, i, width, sum, step);
+    } else {
+      switch (L.dtype) {
+        case DType::float32: write_as<float>(L, grad, image, i, width, sum, step); break;
+        case DType::float16: write_as<Half>(L, grad, image, i, width, sum, step); break;
+        default: write_as<BFloat>(L, grad, image, i, width, sum, step);
+      }
+    }
+  }
+  template <class S>
+  static void write_as(const ExitLoss& L, const View& grad, int64_t image, int64_t i, int64_t width, const A* sum,
+                       int64_t step) {
+    S* const to = static_cast<S*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
+    for (int64_t c = 0; c < L.C; ++c)
+      for (int64_t x = 0; x < width; ++x)
+        convert(to[c * grad.stride_c + x * grad.stride_w], sum ? sum[x * step + c] : A(0));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,146 @@
+"""Exits of other sizes than the output's, where the kernels interpolate: what F.interpolate and the loss would give."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    RELATIVE,
+    Backend,
+    assert_close,
+    in_double,
+    make_exits,
+    make_labels,
+    make_pixel_weight,
+    smallest,
+    value_and_gradients,
+)
+
+import selfreg_fast as srf
+from selfreg_fast import reference
+
+# Exits on which an output's rows and columns lie in every way: enlarged by whole numbers and others, the same in one
+# dimension, of one pixel, reduced by a little and by much; outputs of one pixel, one row, one column, of many tiles.
+SIZES: dict[str, tuple[list[tuple[int, int]], tuple[int, int]]] = {
+    "eight_times": ([(9, 17), (9, 17)], (72, 136)),
+    "odd": ([(41, 23), (5, 7)], (83, 140)),
+    "one_dimension": ([(40, 9), (3, 150), (40, 150)], (40, 150)),
+    "one_pixel": ([(1, 1), (2, 1), (1, 3)], (65, 131)),
+    "reduced": ([(50, 301), (21, 260)], (20, 129)),
+    "much_reduced": ([(200, 130), (90, 7)], (9, 11)),
+    "to_one_pixel": ([(5, 4), (1, 3)], (1, 1)),
+    "to_one_row": ([(7, 6), (2, 20)], (1, 270)),
+    "to_one_column": ([(7, 6), (200, 1)], (270, 1)),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TARGETS: dict[str, dict[str, Any]] = {
+    "raw": {},
+    "renormalised": {"renormalize": True, "label_smoothing": 0.1},
+    "argmax": {"target": "argmax"},
+    "learning": {"detach_teacher": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def _only_where_kernels_interpolate(backend: Backend) -> None:
+    if backend.fused and not backend.resizes:
+        pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_ratio(backend: Backend, name: str, align_corners: bool, dtype: torch.dtype, threads: None) -> None:
+    """Value and gradients, of layouts, targets and numbers of channels in turn."""
+    if backend.name == "reference" and dtype != torch.float64:
+        pytest.skip("reference: F.interpolate rounds positions, and of halves the logits")
+    sizes, size = SIZES[name]
+    number = list(SIZES).index(name) + 4 * align_corners + dtype.itemsize
+    channels, layout = (3, 21, 1, 19)[number % 4], ("contiguous", "channels_last", "cropped")[number % 3]
+    exits = make_exits(len(sizes), (2, channels, *size), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
+    kwargs: dict[str, Any] = list(TARGETS.values())[number // 2 % 4] | {
+        "labels": make_labels((2, *size), channels, ignore_index=-1, device=backend.device),
+        "ignore_index": -1,
+        "teachers": (-1, 0),
+        "temperature": 2.0,
+        "size": size,
+        "align_corners": align_corners,
+    }
+    if number % 2:
+        kwargs["pixel_weight"] = make_pixel_weight((2, *size), device=backend.device)
+    factor = 2 * math.prod(size)
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, **in_double(kwargs)), [z.double() for z in exits], "random", factor
+    )
+    torch.set_num_threads(2)  # bands are shared out
+    actual = value_and_gradients(
+        lambda e: srf.exit_loss_matrix(e, backend=backend.name, **kwargs), exits, "random", factor
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert_close(actual[0], exact[0], RELATIVE[wide], smallest(wide), "value")
+    for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        # Rounding where sigma - target cancels, of all the pixels that an element has part in.
+        pixels = max(1, math.prod(size) / math.prod(sizes[i]))
+        floor = smallest(dtype) + 64 * torch.finfo(wide).eps / channels * pixels
+        assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
+
+
+def test_masked_classes_stay_masked(backend: Backend) -> None:
+    """-inf in a class, in all or in part of an exit, is -inf at each pixel it has part in; nothing becomes NaN."""
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate makes NaN of 0 * -inf")
+    shape, size = (2, 5, 6, 8), (21, 40)
+    exits = make_exits(2, shape, dtype=torch.float64, device=backend.device)
+    labels = make_labels((2, *size), 3, device=backend.device)  # none of the masked classes
+    masked = [z.clone() for z in exits]
+    for z, value in ((masked, -math.inf), (exits, -1e4)):  # exp(-1e4 / 16) = 0, too
+        for x in z:
+            x[:, 3] = value
+            x[:, 4, 2:5, :4] = value
+    kwargs: dict[str, Any] = {"teachers": [0, 1], "temperature": 2.0, "size": size}
+    exact = value_and_gradients(lambda e: reference.exit_loss_matrix(e, labels, **kwargs), exits)
+    actual = value_and_gradients(lambda e: srf.exit_loss_matrix(e, labels, backend=backend.name, **kwargs), masked)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, 1e-12, 1e-15)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_only_uncounted_pixels_see_reaches_nothing(backend: Backend, poison: float) -> None:
+    """NaN and inf in elements of an exit that no pixel that counts is interpolated from."""
+    clean = make_exits(2, (1, 5, 4, 4), device=backend.device)
+    labels = make_labels((1, 16, 16), 5, device=backend.device)
+    labels[:, 8:, 8:] = 255
+    dirty = [z.clone() for z in clean]
+    for z in dirty:
+        z[:, :, 3, 3] = poison  # of pixels from 10 on
+    expected = value_and_gradients(lambda e: srf.mea_loss(e, labels, backend=backend.name), clean)
+    actual = value_and_gradients(lambda e: srf.mea_loss(e, labels, backend=backend.name), dirty)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-6)
+    assert all(not g[:, :, 3, 3].any() for g in actual[1:])
+
+
+def test_a_nan_that_counts_is_not_hidden(backend: Backend) -> None:
+    """One NaN in a small exit."""
+    exits = make_exits(2, (1, 5, 4, 4), device=backend.device)
+    exits[0][0, 2, 3, 3] = math.nan
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64, device=backend.device)
+    assert srf.mea_loss(exits, labels, backend=backend.name).isnan()
+
+
+def test_constant_exits_of_huge_outputs(backend: Backend, threads: None) -> None:
+    """More than 2^31 pixels: the loss of a constant is that of one pixel, and so is the sum of its gradient."""
+    if backend.name != "cpu":
+        pytest.skip(f"{backend.name}: would take minutes, or memory for all the pixels")
+    logits = torch.tensor([[0.3, -1.2]], dtype=torch.float32)
+    small = [(s * logits).view(1, 2, 1, 1) for s in (1.0, -0.5)]
+    large = [z.expand(1, 2, 2, 3).contiguous() for z in small]
+    size = (46_342, 46_342)  # 2^31 + 320,000
+    torch.set_num_threads(2)
+    expected = value_and_gradients(lambda e: reference.sr_l_loss(e, temperature=2.0), [z.double() for z in small])
+    actual = value_and_gradients(lambda e: srf.sr_l_loss(e, temperature=2.0, size=size, backend="cpu"), large)
+    assert_close(actual[0], expected[0], 1e-6)
+    assert_close(actual[1].sum((2, 3)), expected[1].sum((2, 3)), 1e-4)
