@@ -9,11 +9,13 @@
 // that two bands share go through memory, at most two an exit and border, and are added up afterwards.
 // - A gather (each element of the exit looks up its pixels) has to compute the softmax of a pixel up to four times, or
 //   to keep (B, C, H, W) of it.
-// - Private copies of the gradient for each band, added up in the end, cost the exits' size again in memory, and more
-// for
-//   every band.
+// - Private copies of the gradient for each band, added up in the end, cost the exits' size again in memory.
 // - Vertical sums at full width and one horizontal sum a row of the exit need 2 C W numbers an exit, which for wide
 //   outputs no cache holds; that is why tiles are summed horizontally one by one.
+// Measured, objective of five exits 2 x 21 x 41 x 41 at 321 x 321, float32, one AVX-512 core: forward 15 ms, with
+// gradients 25; so a second forward for a gather would cost 15. Exits of the full size to begin with: 13 and 23.
+// F.interpolate first and its backward after: 144. At half the output's size, where fewer rows share the work, 3 x 19 x
+// 512 x 1024: forward 26, with gradients 59; full size 25 and 49; F.interpolate 261.
 #pragma once
 
 #include "cpu.h"
