@@ -55,11 +55,12 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
 
 def _shape(kernel: str) -> str:
     """The name of a kernel, or the template arguments of the main one, as they are mangled."""
-    shape = re.search(r"ShapeILNS_6LayoutE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)EE", kernel)
+    shape = re.search(r"ShapeILNS_6LayoutE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELb(\d)EE", kernel)
     if shape is None:
         return kernel[-60:]
     layout = ("planes", "staged", "lanes")[int(shape[1])]
-    return f"{layout}, K {shape[2]}, V {shape[3]}, lanes {shape[4]}, {'whole' if shape[5] == '1' else 'block by block'}"
+    kind = "plain" if shape[6] == "1" else "whole" if shape[5] == "1" else "block by block"
+    return f"{layout}, K {shape[2]}, V {shape[3]}, lanes {shape[4]}, {kind}"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

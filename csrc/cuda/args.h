@@ -18,10 +18,11 @@ struct PixelView {
 // Where a block keeps what in shared memory, counted in numbers of A. What has a dimension of threads is theirs alone.
 struct SharedLayout {
   int32_t targets;   // [T, threads, kTargetRow]
-  int32_t scalars;   // [T, 4, P, threads]
+  int32_t scalars;   // [T, 3, threads, P]
   int32_t said;      // [N, 2, P, threads], where teachers learn
-  int32_t sums;      // [T + 1, N, pixel threads]
-  int32_t gains;     // [T + 1, N], of the whole block
+  int32_t sums;      // [N, T + 1, threads]
+  int32_t gains;     // [N, T + 1], of the whole block
+  int32_t ratios;    // [N], likewise: an exit's gain of the label loss by that of its first teacher's
   int32_t exchange;  // [2, P, threads], where several threads share a pixel
   int32_t staged;    // [threads, C] of the storage type, Layout::staged
   int32_t total;
@@ -36,6 +37,7 @@ struct Args {
   int32_t N, T, C;
   int64_t pixels, size[3];  // pixels = size[0] * size[1] * size[2], the dimensions of `step`
   int32_t dims;             // how many of them are not 1; those come last
+  bool alike;               // all exits and gradients have the same steps
 
   const void* labels;  // [pixels], or null
   LabelType label_type;
@@ -45,6 +47,7 @@ struct Args {
   Target target;
   Reduction reduction;
   A tau, rate_tau;          // temperature, log2(e) / temperature
+  A log_z_scale, dot_scale;  // of soft losses, as pixel_math.h has them; 1 and 1 for argmax
   A hot_weight, smoothing;  // what label smoothing leaves at the label, and gives to every class
   int64_t ignore_index;
   bool mask_soft, teacher_learns;
@@ -70,18 +73,33 @@ enum class Layout {
   lanes,   // channels_last: the channels of a pixel across some lanes of a warp
 };
 
+// For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is, also 20 and 22, for 19 and 21.
+constexpr bool has_fine_steps(Layout layout, int V, bool plain) {
+  return plain && (layout == Layout::staged || (layout == Layout::planes && V == 2));
+}
+// The largest number of channels below K for which there is a kernel.
+constexpr int next_fewer(int K, bool fine_steps) {
+  return !fine_steps || K <= 16 || K > 24 ? K - 8 : K == 20 ? 16 : K - 2;
+}
+
 // The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels in planes, channels in lanes.
 // kWhole: they are all the thread has to do with, and stay in registers; else it takes one block of channels after the
 // other, and every pass reads them again.
-template <Layout layout, int K_, int V_, int lanes, bool whole>
+// kPlain: none of what is rarely asked for, or costs much where it is: argmax, label smoothing, maps instead of sums,
+// and label losses beside renormalised ones.
+template <Layout layout, int K_, int V_, int lanes, bool whole, bool plain>
 struct Shape {
   static constexpr Layout kLayout = layout;
   static constexpr int K = K_, V = V_, kLanes = lanes;
-  static constexpr bool kWhole = whole;
+  static constexpr bool kWhole = whole, kPlain = plain;
   static constexpr int kPixels = layout == Layout::lanes ? 1 : V;  // of a thread
   static constexpr int kAccesses = layout == Layout::lanes ? K / V : K;
+  // The launch takes the smallest K that will do: as many channels as the next one has exist for sure.
+  static constexpr int kSureAccesses =
+      !whole || layout == Layout::lanes ? 0 : next_fewer(K, has_fine_steps(layout, V, plain));
   // A thread's target row in shared memory: an odd number of accesses, so that a warp's threads meet in no bank.
-  static constexpr int kTargetRow = (kAccesses | 1) * V;
+  static constexpr int kTargetVector = kAccesses * V % 4 == 0 ? 4 : 2;
+  static constexpr int kTargetRow = (kAccesses * V / kTargetVector | 1) * kTargetVector;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
   static constexpr int kMaxThreads = layout != Layout::planes || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
   static constexpr int kMinBlocks = kMaxThreads > 128      ? 1
@@ -93,7 +111,6 @@ struct Shape {
 
 template <class Shape, class A>
 SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
-  const int pixel_threads = threads / (Shape::kLayout == Layout::lanes ? Shape::kLanes : a.groups);
   const int per_thread = threads * Shape::kPixels;
   SharedLayout at{};
   auto take = [&at](int numbers) {
@@ -102,10 +119,11 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
     return begin;
   };
   at.targets = take(Shape::kWhole && a.target != Target::argmax ? a.T * threads * Shape::kTargetRow : 0);
-  at.scalars = take(a.T * 4 * per_thread);
+  at.scalars = take(a.T * 3 * per_thread);
   at.said = take(a.teacher_learns ? a.N * 2 * per_thread : 0);
-  at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * pixel_threads);
+  at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * threads);
   at.gains = take((a.T + 1) * a.N);
+  at.ratios = take(a.N);
   at.exchange = take(Shape::kLayout == Layout::planes && a.groups > 1 ? 2 * per_thread : 0);
   at.staged = take(Shape::kLayout == Layout::staged ? (threads * a.C * storage_bytes + 15) / int(sizeof(A)) : 0);
   return at;

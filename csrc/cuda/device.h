@@ -35,12 +35,37 @@ SELFREG_DEVICE A exp2_of(A x, A rate) {
   return exp2_fast(x * rate);
 }
 
-// Not the approximate one: near 1 its relative error has no bound, and a confident pixel's loss is such a logarithm.
-SELFREG_DEVICE float log2(float x) { return log2f(x); }
-SELFREG_DEVICE double log2(double x) { return ::log2(x); }
+SELFREG_DEVICE float log2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // errs by 2^-22, relative to the larger of 1 and the result
+  return y;
+#else
+  return log2f(x);
+#endif
+}
+SELFREG_DEVICE double log2_fast(double x) { return ::log2(x); }
 
-SELFREG_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
-SELFREG_DEVICE double quotient(double a, double b) { return a / b; }
+// log Z of a sum Z >= 1 of exponentials. A confident pixel's loss is such a logarithm near 0, where the fast one has no
+// bound to its relative error: there, a polynomial of Z - 1, good to 1e-7.
+SELFREG_DEVICE float log_normalizer(float Z) {
+  const float t = Z - 1;
+  const float series =
+      t * (1 + t * (-0.499997407f + t * (0.33320868f + t * (-0.247786015f + t * (0.181731209f + t * -0.0923835337f)))));
+  return t < 0.25f ? series : log2_fast(Z) * float(kLn2);
+}
+SELFREG_DEVICE double log_normalizer(double Z) { return ::log(Z); }
+
+SELFREG_DEVICE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // 1 unit in the last place
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+SELFREG_DEVICE double reciprocal(double x) { return 1 / x; }
 
 SELFREG_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one where one is NaN
 SELFREG_DEVICE double larger(double a, double b) { return fmax(a, b); }
@@ -97,10 +122,17 @@ struct Word<16> {
 
 template <class S, int V, class A>
 SELFREG_DEVICE void unpack(typename Word<sizeof(S) * V>::type word, A (&to)[V]) {
-  S numbers[V];
-  memcpy(numbers, &word, sizeof(word));
+  if constexpr (__is_same(S, __nv_bfloat16) && V > 1) {
+    unsigned pairs[V / 2];  // one instruction a number: left to the compiler, it is three for two
+    memcpy(pairs, &word, sizeof(word));
 #pragma unroll
-  for (int v = 0; v < V; ++v) to[v] = to_number(numbers[v]);
+    for (int v = 0; v < V; ++v) to[v] = __uint_as_float(v % 2 ? pairs[v / 2] & 0xffff0000u : pairs[v / 2] << 16);
+  } else {
+    S numbers[V];
+    memcpy(numbers, &word, sizeof(word));
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = to_number(numbers[v]);
+  }
 }
 template <class S, int V, class A>
 SELFREG_DEVICE typename Word<sizeof(S) * V>::type pack(const A (&from)[V]) {
@@ -112,12 +144,31 @@ SELFREG_DEVICE typename Word<sizeof(S) * V>::type pack(const A (&from)[V]) {
   return word;
 }
 
+// Of two pairs of halves, a pair of the larger ones; the other one where one is NaN.
+template <class S>
+SELFREG_DEVICE unsigned larger_of_pairs(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+  unsigned larger;
+  if constexpr (__is_same(S, __half)) {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+#else
+  float x[2], y[2];
+  unpack<S, 2>(a, x);
+  unpack<S, 2>(b, y);
+  for (int k = 0; k < 2; ++k) x[k] = larger(x[k], y[k]);
+  return pack<S, 2>(x);
+#endif
+}
+
 // What is read once goes past the L1 cache and is the first to leave the L2; likewise what is written.
-template <class S, int V, bool once, class A>
-SELFREG_DEVICE void load(const S* p, A (&to)[V]) {
-  using W = typename Word<sizeof(S) * V>::type;
-  const W* const word = reinterpret_cast<const W*>(p);
-  unpack<S, V>(once ? __ldcs(word) : __ldg(word), to);
+template <class S, int V, bool once>
+SELFREG_DEVICE typename Word<sizeof(S) * V>::type load(const S* p) {
+  const auto* const word = reinterpret_cast<const typename Word<sizeof(S) * V>::type*>(p);
+  return once ? __ldcs(word) : __ldg(word);
 }
 template <class S, int V, class A>
 SELFREG_DEVICE void store(S* p, const A (&from)[V]) {
@@ -132,7 +183,34 @@ SELFREG_DEVICE void load_shared(const A* p, A (&to)[V]) {
 }
 template <int V, class A>
 SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
-  *reinterpret_cast<typename Word<sizeof(A) * V>::type*>(p) = pack<A, V>(from);
+  if constexpr (V == 4) {  // a word copied from an array would be stored in four pieces
+    *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
+  } else if constexpr (V == 2) {
+    *reinterpret_cast<float2*>(p) = make_float2(from[0], from[1]);
+  } else {
+    *p = from[0];
+  }
+}
+
+// A pointer of which the compiler does not know where from: else it makes each of p + step, p + 2 step, ... anew.
+template <class T>
+SELFREG_DEVICE T* opaque(T* p) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(p));
+#endif
+  return p;
+}
+
+// An address in shared memory that the compiler keeps in a register: by itself it derives it anew for every use.
+template <class T>
+SELFREG_DEVICE T* kept_shared(T* p) {
+#ifdef __CUDA_ARCH__
+  unsigned address = unsigned(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+#else
+  return p;
+#endif
 }
 
 // ---- sums over a block, the same at every run ------------------------------------------------------------------

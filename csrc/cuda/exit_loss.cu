@@ -34,27 +34,48 @@ template <class Shape>
 struct Worker {
   static constexpr Layout kLayout = Shape::kLayout;
   static constexpr int V = Shape::V, P = Shape::kPixels, I = Shape::kAccesses, kLanes = Shape::kLanes;
-  static constexpr bool kWhole = Shape::kWhole;
+  static constexpr int kTargetVector = Shape::kTargetVector;
+  static constexpr bool kWhole = Shape::kWhole, kPlain = Shape::kPlain;
+
+  // A channel's distance from the first one, in numbers. The launch has seen to it that those of whole rows fit.
+  using Offset = std::conditional_t<kWhole, uint32_t, int64_t>;
 
   const Args<A>& a;
   A* const shared;
-  A all_weights;  // sum of all class weights
+  A *const my_targets, *const my_scalars, *const my_sums;  // the thread's columns in shared memory
   const int C;
-  int turn = 0;  // of the two exchange buffers
+  const bool alone, leads;  // on its pixels; in putting down their losses
+  const A rate;             // of exponentials: exp(y) = 2^(y rate), or exp(y / tau) where that is all there is
+  A all_weights;            // sum of all class weights
+  int turn = 0;             // of the two exchange buffers
 
-  // The tile's pixels of this thread: the first, its coordinates, whether it exists; their weights and labels.
-  int64_t pixel, i2;
+  // The tile's pixels of this thread: the first, its coordinates and where they are in views that are laid out alike,
+  // whether it exists; their weights and labels.
+  int64_t pixel, i2, offset;
   int i0, i1;
-  bool inside;
+  bool inside, all_count;
   A label_w[P], soft_w[P], hot[P];
   int label[P];
+  // Where a label is in a whole target row, and its hot if it is there; else any place, and 0.
+  int place_in_row[P];
+  A hot_in_row[P];
 
-  // The exit at hand: where its pixel lies, its maxima, and logits less those, of channels from c0 on.
+  // The exit at hand: where its pixel lies, its maxima, logits at the labels, and y, its logits less the maxima, of
+  // channels from c0 on.
   const S* origin;
-  A m[P], z[I][V];
+  A m[P], label_z[P], z[I][V];
   int c0, accesses;  // the block of channels: where it begins, how many accesses of it are this thread's
 
-  __device__ Worker(const Args<A>& args, A* numbers) : a(args), shared(numbers), C(args.C) {}
+  __device__ Worker(const Args<A>& args, A* numbers)
+      : a(args),
+        shared(numbers),
+        my_targets(kept_shared(shared + a.at.targets + thread() * Shape::kTargetRow)),
+        my_scalars(kept_shared(shared + a.at.scalars + thread() * P)),
+        my_sums(kept_shared(shared + a.at.sums + thread())),
+        C(args.C),
+        alone(kLayout != Layout::lanes && a.groups == 1),
+        leads(group() == 0),
+        rate(soft_two() && !a.labels ? a.rate_tau : A(kLog2e)) {}
 
   // ---- helpers ----
 
@@ -70,14 +91,14 @@ struct Worker {
   SELFREG_DEVICE int channel(int i, int v) const {
     return c0 + (kLayout == Layout::lanes ? group() * V + v : group()) + i * stride();
   }
-  // Which of the thread's accesses holds channel c, and at which place; -1: none.
+  // Where among the thread's numbers of a pixel channel c is: negative or beyond, if it is not.
   SELFREG_DEVICE int place_of(int c) const {
     const int ahead = c - channel(0, 0);
     if constexpr (kLayout == Layout::lanes) {
       const int i = ahead / (kLanes * V), v = ahead % (kLanes * V);
       return ahead >= 0 && v < V ? i * V + v : -1;
     }
-    if (a.groups == 1) return ahead;
+    if (alone) return ahead;
     return ahead >= 0 && ahead % a.groups == 0 ? ahead / a.groups : -1;
   }
   SELFREG_DEVICE static int place(int i, int v) { return kLayout == Layout::lanes ? i * V + v : i; }
@@ -85,12 +106,9 @@ struct Worker {
   SELFREG_DEVICE void begin_block(int c) {
     c0 = c;
     const int left = C - channel(0, 0);
-    accesses = a.groups == 1 && kLayout != Layout::lanes ? left : (left + stride() - 1) / stride();
+    accesses = alone ? left : (left + stride() - 1) / stride();
   }
-  SELFREG_DEVICE bool exists(int i) const {
-    // The launch takes the smallest K that will do, of multiples of 8: all but the last 8 accesses are sure.
-    return (kWhole && kLayout != Layout::lanes && i < I - 8) || i < accesses;
-  }
+  SELFREG_DEVICE bool exists(int i) const { return i < Shape::kSureAccesses || i < accesses; }
   // f(access, element) for all numbers of the thread.
   template <class F>
   SELFREG_DEVICE void each(F f) const {
@@ -109,7 +127,7 @@ struct Worker {
       for (int other = 1; other < kLanes; other *= 2) x[0] = op(x[0], __shfl_xor_sync(0xffffffffu, x[0], other));
     }
     if constexpr (kLayout == Layout::planes) {
-      if (a.groups == 1) return;
+      if (alone) return;
       // Two buffers in turn: who writes one again has passed the barrier after which all had read it.
       A* const buffer = shared + a.at.exchange + turn * threads() * P;
       turn ^= 1;
@@ -129,14 +147,11 @@ struct Worker {
   }
 
   // Columns of shared memory.
-  SELFREG_DEVICE A* target(int r, int i) const {
-    return shared + a.at.targets + (r * threads() + thread()) * Shape::kTargetRow + i * V;
-  }
-  // P of a target row; m of its logits, or their argmax; log2 of its factor; its dot product with the exit at hand.
-  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor, kDot, kScalars };
-  SELFREG_DEVICE A& scalar(int r, Scalar s, int p) const {
-    return shared[a.at.scalars + ((r * kScalars + s) * P + p) * threads() + thread()];
-  }
+  SELFREG_DEVICE A* target(int r) const { return my_targets + r * threads() * Shape::kTargetRow; }  // [I][V]
+  // P of a target row; m of its logits, or their argmax; log2 of its factor.
+  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor, kScalars };
+  SELFREG_DEVICE A* scalars(int r, Scalar s) const { return my_scalars + (r * kScalars + s) * threads() * P; }  // [P]
+  SELFREG_DEVICE A scalar(int r, Scalar s, int p) const { return scalars(r, s)[p]; }
   enum Said { kPeak, kLogNormalizer };
   SELFREG_DEVICE A& saying(int e, Said s, int p) const {
     return shared[a.at.said + ((e * 2 + s) * P + p) * threads() + thread()];
@@ -146,6 +161,14 @@ struct Worker {
   SELFREG_DEVICE bool soft_two() const { return a.target == Target::renormalized; }
   SELFREG_DEVICE bool teaches(int r, int e) const { return a.teachers[r] != e; }
   SELFREG_DEVICE int entry(int r, int e) const { return r * a.N + e; }
+  SELFREG_DEVICE int shared_entry(int r, int e) const { return e * (a.T + 1) + r; }  // so an exit's lie side by side
+
+  // What plain kernels are spared.
+  SELFREG_DEVICE bool two_rates() const { return !kPlain && a.labels && soft_two() && a.T > 0; }
+  SELFREG_DEVICE bool argmax() const { return !kPlain && a.target == Target::argmax; }
+  SELFREG_DEVICE bool smoothed() const { return !kPlain && a.smoothing != 0; }
+  SELFREG_DEVICE bool summed() const { return kPlain || a.reduction != Reduction::none; }
+  SELFREG_DEVICE bool teacher_learns() const { return !kWhole && a.teacher_learns; }
 
   // ---- pixels ----
 
@@ -165,18 +188,32 @@ struct Worker {
     i2 = place - rows * a.size[2];
     i1 = int(rows - i0 * a.size[1]);
   }
+  SELFREG_DEVICE int64_t offset_in(const PixelView& view) const {
+    int64_t at = i2 * view.step[2];
+    if (a.dims > 1) at += i1 * view.step[1];
+    if (a.dims > 2) at += i0 * view.step[0];
+    return at;
+  }
   SELFREG_DEVICE S* origin_of(const PixelView& view) const {
-    int64_t offset = i2 * view.step[2];
-    if (a.dims > 1) offset += i1 * view.step[1];
-    if (a.dims > 2) offset += i0 * view.step[0];
-    return static_cast<S*>(view.data) + offset;
+    return static_cast<S*>(view.data) + (a.alike ? offset : offset_in(view));
   }
 
-  SELFREG_DEVICE int64_t label_at(int64_t i) const {
-    switch (a.label_type) {
-      case LabelType::uint8: return static_cast<const uint8_t*>(a.labels)[i];
-      case LabelType::int32: return static_cast<const int32_t*>(a.labels)[i];
-      default: return static_cast<const int64_t*>(a.labels)[i];
+  template <class Label>
+  SELFREG_DEVICE void read_labels() {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const int64_t y = inside ? int64_t(static_cast<const Label*>(a.labels)[pixel + p]) : a.ignore_index;
+      const bool valid = y != a.ignore_index, good = uint64_t(y) < uint64_t(C);
+      label_w[p] = valid ? soft_w[p] : A(0);
+      label[p] = valid && good ? int(y) : 0;
+      // Neither a class nor ignored: shows in the loss and in the gradient.
+      hot[p] = label_w[p] == 0 ? A(0) : good ? class_weight(label[p]) * a.hot_weight : A(NAN);
+      if constexpr (kWhole) {
+        const int place = place_of(label[p]);
+        const bool here = uint32_t(place) < uint32_t(kLayout == Layout::lanes ? I * V : I);
+        place_in_row[p] = !here ? 0 : kLayout == Layout::lanes ? place : place * V + p;
+        hot_in_row[p] = here ? hot[p] : A(0);
+      }
     }
   }
 
@@ -186,23 +223,29 @@ struct Worker {
     pixel = first + int64_t(slot()) * P;
     inside = pixel < a.pixels;  // V divides the number of pixels
     locate();
+    offset = offset_in(a.exits[0]);
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      soft_w[p] = !inside ? A(0) : a.pixel_weight ? a.pixel_weight[pixel + p] : A(1);
-      label_w[p] = hot[p] = 0;
-      label[p] = -1;
-      if (a.labels) {
-        const int64_t y = inside ? label_at(pixel + p) : a.ignore_index;
-        if (y != a.ignore_index) {
-          label_w[p] = soft_w[p];
-          const bool good = y >= 0 && y < C;
-          label[p] = good ? int(y) : 0;
-          hot[p] = (a.class_weight ? a.class_weight[label[p]] : A(1)) * a.hot_weight;
-          if (!good) hot[p] = A(NAN);  // neither a class nor ignored: shows in the loss and in the gradient
-          if (label_w[p] == 0) hot[p] = 0;
-        }
-        if (a.mask_soft) soft_w[p] = label_w[p];
+      soft_w[p] = A(inside);
+      label_w[p] = hot[p] = hot_in_row[p] = 0;
+      label[p] = place_in_row[p] = 0;
+    }
+    if (a.pixel_weight && inside) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) soft_w[p] = a.pixel_weight[pixel + p];
+    }
+    if (a.labels) {
+      switch (a.label_type) {
+        case LabelType::uint8: read_labels<uint8_t>(); break;
+        case LabelType::int32: read_labels<int32_t>(); break;
+        default: read_labels<int64_t>();
       }
+    }
+    all_count = true;
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      if (a.labels && a.mask_soft) soft_w[p] = label_w[p];
+      all_count = all_count && counted(p);
     }
   }
   // A pixel that counts for the labels counts for soft losses, if there are any.
@@ -215,12 +258,16 @@ struct Worker {
 
   // One number of the exit that lies at `from`.
   SELFREG_DEVICE A number(const S* from, const PixelView& view, int p, int c) const {
-    return to_number(__ldg(from + c * view.channel + (kLayout == Layout::lanes ? 0 : p)));  // V pixels lie side by side
+    from += Offset(c) * Offset(view.channel);
+    return to_number(__ldg(kLayout == Layout::lanes ? from : from + p));  // V pixels lie side by side
   }
 
-  // Logits of exit e, which lies at `from`, from channel c0 on, the lowest number where there is no channel; `again`:
-  // they will be read once more.
-  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) const {
+  // Logits of exit e, which lies at `from`, from channel c0 on, and raises `peak` to the largest; `again`: they will be
+  // read once more. Where there is no channel: the lowest number, or less.
+  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again, A (&peak)[P]) const {
+    // Pairs of halves are compared as such: half the instructions, and exact. A pixel is either of a pair.
+    constexpr bool kPairs = kLayout == Layout::planes && sizeof(S) == 2 && V % 2 == 0;
+    [[maybe_unused]] unsigned top[(V + 1) / 2];
     if constexpr (kLayout == Layout::staged) {
       S* const rows = staged_rows();
       copy_rows(static_cast<const S*>(a.exits[e].data), rows, again);
@@ -229,17 +276,17 @@ struct Worker {
       for (int i = 0; i < I; ++i) to[i][0] = exists(i) ? to_number(row[i]) : kLowest<A>;
       __syncwarp();
     } else {
-      const int64_t step = stride() * a.exits[e].channel;
-      const S* p = from + channel(0, 0) * a.exits[e].channel;
+      const PixelView& view = a.exits[e];
+      const Offset step = Offset(stride()) * Offset(view.channel);
+      typename Word<sizeof(S) * V>::type words[I];
       auto load_all = [&](auto once) {
+        const S* p = opaque(from + Offset(channel(0, 0)) * Offset(view.channel));
 #pragma unroll
         for (int i = 0; i < I; ++i, p += step) {
-          if (exists(i)) {
-            load<S, V, decltype(once)::value>(p, to[i]);
-          } else {
+          A lowest[V];
 #pragma unroll
-            for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
-          }
+          for (int v = 0; v < V; ++v) lowest[v] = kLowest<A>;
+          words[i] = exists(i) ? load<S, V, decltype(once)::value>(p) : pack<S, V>(lowest);
         }
       };
       if (again) {
@@ -247,11 +294,37 @@ struct Worker {
       } else {
         load_all(std::true_type());
       }
-    }
-    bool all = true;
 #pragma unroll
-    for (int p = 0; p < P; ++p) all = all && counted(p);
-    if (__builtin_expect(!all, false)) each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
+      for (int i = 0; i < I; ++i) unpack<S, V>(words[i], to[i]);
+      if constexpr (kPairs) {
+        const unsigned(&pairs)[I][V / 2] = reinterpret_cast<const unsigned(&)[I][V / 2]>(words);
+#pragma unroll
+        for (int k = 0; k < V / 2; ++k) {
+          top[k] = pairs[0][k];
+#pragma unroll
+          for (int i = 1; i < I; ++i) top[k] = larger_of_pairs<S>(top[k], pairs[i][k]);
+        }
+      }
+    }
+    if (__builtin_expect(!all_count, false))
+      each([&](int i, int v) { to[i][v] = counted(pixel_of(v)) ? to[i][v] : A(0); });
+    if constexpr (kPairs) {
+      A tops[V];
+#pragma unroll
+      for (int k = 0; k < V / 2; ++k) {
+        A two[2];
+        unpack<S, 2>(top[k], two);
+        tops[2 * k] = two[0], tops[2 * k + 1] = two[1];
+      }
+#pragma unroll
+      for (int p = 0; p < P; ++p) peak[p] = larger(peak[p], counted(p) ? tops[p] : A(0));
+    } else {
+      each([&](int i, int v) { peak[pixel_of(v)] = larger(peak[pixel_of(v)], to[i][v]); });
+    }
+  }
+  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) const {
+    A peak[P] = {};
+    load_block(e, from, to, again, peak);
   }
 
   // The rows of a warp's 32 pixels, one after the other in memory and in shared memory.
@@ -298,13 +371,11 @@ struct Worker {
       return;
     }
     if (!inside) return;
-    S* p = origin_of(view) + channel(0, 0) * view.channel;
-    const int64_t step = stride() * view.channel;
+    S* p = origin_of(view) + Offset(channel(0, 0)) * Offset(view.channel);
+    const Offset step = Offset(stride()) * Offset(view.channel);
 #pragma unroll
-    for (int i = 0; i < I; ++i) {
+    for (int i = 0; i < I; ++i, p += step)
       if (exists(i)) store<S, V>(p, z[i]);
-      p += step;
-    }
   }
 
   SELFREG_DEVICE void subtract_maximum(A (&from)[I][V], const A (&peak)[P]) const {
@@ -312,19 +383,20 @@ struct Worker {
   }
 
   // The maximum over channels of exit e; where kWhole, z becomes its logits less the maximum.
-  SELFREG_DEVICE void read(int e, bool again) {
+  SELFREG_DEVICE void read(int e, bool again, bool with_labels) {
     origin = origin_of(a.exits[e]);
 #pragma unroll
-    for (int p = 0; p < P; ++p) m[p] = kLowest<A>;
-    auto update = [&] { each([&](int i, int v) { m[pixel_of(v)] = larger(m[pixel_of(v)], z[i][v]); }); };
+    for (int p = 0; p < P; ++p) m[p] = kLowest<A>, label_z[p] = 0;
+    if (with_labels && leads) {  // with the row, of which they are part
+#pragma unroll
+      for (int p = 0; p < P; ++p) label_z[p] = number(origin, a.exits[e], p, label[p]);
+    }
     if constexpr (kWhole) {
-      load_block(e, origin, z, again);
-      update();
+      load_block(e, origin, z, again, m);
     } else {
       for (int c = 0; c < C; c += I * stride()) {
         begin_block(c);
-        load_block(e, origin, z, true);
-        update();
+        load_block(e, origin, z, true, m);
       }
     }
     across_groups(m, [](A u, A v) { return larger(u, v); });
@@ -350,12 +422,13 @@ struct Worker {
   template <class F>
   SELFREG_DEVICE void each_target(int r, F f) const {
     if constexpr (kWhole) {
+      const A* const row = target(r);
 #pragma unroll
-      for (int i = 0; i < I; ++i) {
-        A q[V];
-        load_shared(target(r, i), q);
+      for (int j = 0; j < I * V; j += kTargetVector) {
+        A q[kTargetVector];
+        load_shared(row + j, q);
 #pragma unroll
-        for (int v = 0; v < V; ++v) f(i, v, q[v]);
+        for (int k = 0; k < kTargetVector; ++k) f((j + k) / V, (j + k) % V, q[k]);
       }
     } else {
       A t[I][V], peak[P], log_factor[P];
@@ -372,33 +445,41 @@ struct Worker {
   // Of the exit at hand.
   SELFREG_DEVICE void teach(int r) {
     const int e = a.teachers[r];
-    if (a.target == Target::argmax) {
+    if (argmax()) {
       find_argmax(r, e);
       return;
     }
-    const bool two = a.target == Target::raw && a.tau != A(1);  // Z = sum exp(y) beside sum exp(y / tau)
-    A u[P] = {}, Z[P] = {};
+    // Beside u = sum exp(y / tau), a raw power of tau != 1 needs Z = sum exp(y); at tau = 2 that is a sum of squares.
+    const bool two = a.target == Target::raw && a.tau != A(1), squares = two && a.tau == A(2);
+    A row[I][V], u[P] = {}, Z[P] = {};
     over_blocks(e, [&] {
-      each([&](int i, int v) { u[pixel_of(v)] += exp2_of(z[i][v], a.rate_tau); });
-      if (two) each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], A(kLog2e)); });
+      each([&](int i, int v) { u[pixel_of(v)] += row[i][v] = exp2_of(z[i][v], a.rate_tau); });
+      if (squares) {
+        each([&](int i, int v) { Z[pixel_of(v)] += power<2>(row[i][v]); });
+      } else if (two) {
+        each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], A(kLog2e)); });
+      }
     });
     sum_across_groups(u);
     if (two) sum_across_groups(Z);
-    A log_factor[P];
+    A factor[P], log_factor[P], sum[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      log_factor[p] = two ? -log2(Z[p]) / a.tau : -log2(u[p]);
-      scalar(r, kSum, p) = two ? u[p] * exp2_fast(log_factor[p]) : A(1);
-      scalar(r, kMax, p) = m[p];
-      scalar(r, kLogFactor, p) = log_factor[p];
+      log_factor[p] = two ? log2_fast(Z[p]) * (a.rate_tau * A(-kLn2)) : -log2_fast(u[p]);
+      factor[p] = exp2_fast(log_factor[p]);
+      sum[p] = two ? u[p] * factor[p] : A(1);
     }
-    if constexpr (kWhole) {
+    store_shared(scalars(r, kSum), sum);
+    store_shared(scalars(r, kMax), m);
+    if constexpr (!kWhole) {
+      store_shared(scalars(r, kLogFactor), log_factor);
+    } else {
 #pragma unroll
-      for (int i = 0; i < I; ++i) {
-        A q[V];
+      for (int j = 0; j < I * V; j += kTargetVector) {
+        A q[kTargetVector];
 #pragma unroll
-        for (int v = 0; v < V; ++v) q[v] = exp2_fast(z[i][v] * a.rate_tau + log_factor[pixel_of(v)]);
-        store_shared(target(r, i), q);
+        for (int k = 0; k < kTargetVector; ++k) q[k] = row[(j + k) / V][(j + k) % V] * factor[pixel_of((j + k) % V)];
+        store_shared(target(r) + j, q);
       }
     }
   }
@@ -426,123 +507,132 @@ struct Worker {
     });
     across_groups(first, [](A u, A v) { return u < v ? u : v; });
 #pragma unroll
-    for (int p = 0; p < P; ++p) scalar(r, kArgmax, p) = first[p], scalar(r, kSum, p) = 1;
+    for (int p = 0; p < P; ++p) top[p] = 1;
+    store_shared(scalars(r, kArgmax), first);
+    store_shared(scalars(r, kSum), top);
   }
 
   // ---- phase 2 ----
 
   // What multiplies sigma - target in the gradient: the loss's own gradient x the mean's divisor x the pixel's weight,
   // and tau for soft targets.
-  SELFREG_DEVICE A gradient_of_loss(int r, int e, int p) const {
-    const A weight = r == 0 ? label_w[p] : soft_w[p], gain = shared[a.at.gains + entry(r, e)];
-    if (a.reduction != Reduction::none) return weight * gain;
-    return weight == 0 ? A(0) : weight * gain * a.grad_losses[int64_t(entry(r, e)) * a.pixels + pixel + p];
+  SELFREG_DEVICE A gain(int r, int e) const { return shared[a.at.gains + shared_entry(r, e)]; }
+  SELFREG_DEVICE void gradient_of_loss(int r, int e, A (&k)[P]) const {
+    const A g = gain(r, e);
+#pragma unroll
+    for (int p = 0; p < P; ++p) k[p] = (r == 0 ? label_w[p] : soft_w[p]) * g;
+    if (summed() || !a.grad_losses) return;  // no gradient is written where there is no map of them
+    const A* const map = a.grad_losses + int64_t(entry(r, e)) * a.pixels + pixel;
+#pragma unroll
+    for (int p = 0; p < P; ++p)
+      if (k[p] != 0) k[p] *= map[p];
   }
 
+  // `loss`: times the pixels' weights.
   SELFREG_DEVICE void put_loss(int r, int e, const A (&loss)[P]) const {
-    if (group() != 0) return;
-    A sum = 0;
+    if (!summed()) {
 #pragma unroll
-    for (int p = 0; p < P; ++p) {
-      const A w = r == 0 ? label_w[p] : soft_w[p], weighted = w == 0 ? A(0) : w * loss[p];
-      if (a.reduction == Reduction::none && inside) a.maps[int64_t(entry(r, e)) * a.pixels + pixel + p] = weighted;
-      sum += weighted;
+      for (int p = 0; p < P; ++p)
+        if (inside && leads) a.maps[int64_t(entry(r, e)) * a.pixels + pixel + p] = loss[p];
+    } else {
+      A sum = loss[0];
+#pragma unroll
+      for (int p = 1; p < P; ++p) sum += loss[p];
+      my_sums[shared_entry(r, e) * threads()] += sum;  // those that lead will count
     }
-    if (a.reduction != Reduction::none) shared[a.at.sums + entry(r, e) * pixel_threads() + slot()] += sum;
   }
 
   // Losses of the exit at hand, e, and its gradient. `as_teacher`: not its losses, but its gradient with what its
   // students make of it.
   SELFREG_DEVICE void student(int e, bool as_teacher) {
     int self = -1;
-    for (int r = 0; r < a.T; ++r)
-      if (!teaches(r, e)) self = r;
-    const bool with_losses = !as_teacher;
-    const bool with_gradient = a.grads[e].data && (a.teacher_learns && self >= 0) == as_teacher;
-
-    // Dot products with the targets.
-    A label_y[P] = {}, smooth_dot[P] = {};
-#pragma unroll
-    for (int p = 0; p < P; ++p)
-      if (label_w[p] != 0) label_y[p] = number(origin, a.exits[e], p, label[p]) - m[p];
-    if (with_losses)
+    if constexpr (!kWhole)
       for (int r = 0; r < a.T; ++r)
-        if (teaches(r, e)) dot_with_target(r, e);
-    if (a.smoothing != 0) {
-      over_blocks(e, [&] {
+        if (!teaches(r, e)) self = r;
+    const bool with_losses = !as_teacher;
+    const bool with_gradient = a.grads[e].data && (teacher_learns() && self >= 0) == as_teacher;
+
+    // Sums of exponentials. All losses share exp(y), or exp(y / tau); only label losses beside renormalised ones need
+    // both. What is exp(y) of a whole row stays.
+    const bool both = two_rates();
+    A u[I][V], Z[P] = {}, soft_Z[P] = {}, smooth_dot[P] = {};
+    over_blocks(e, [&] {
+      each([&](int i, int v) { Z[pixel_of(v)] += u[i][v] = exp2_of(z[i][v], rate); });
+      if (both) each([&](int i, int v) { soft_Z[pixel_of(v)] += exp2_of(z[i][v], a.rate_tau); });
+      if (smoothed())
         each([&](int i, int v) {
           const A w = exists(i) ? class_weight(channel(i, v)) : A(0);
           if (w != 0) smooth_dot[pixel_of(v)] += w * z[i][v];
         });
-      });
-      sum_across_groups(smooth_dot);
-    }
-
-    // Sums of exponentials. All losses share exp(y), or exp(y / tau); only label losses beside renormalised ones need
-    // both. A whole row of those that all share then takes the place of y.
-    const bool both = a.labels && soft_two() && a.T > 0, in_place = kWhole && !both;
-    const A rate = soft_two() && !a.labels ? a.rate_tau : A(kLog2e);
-    A Z[P] = {}, soft_Z[P] = {};
-    over_blocks(e, [&] {
-      if (both) each([&](int i, int v) { soft_Z[pixel_of(v)] += exp2_of(z[i][v], a.rate_tau); });
-      each([&](int i, int v) {
-        const A u = exp2_of(z[i][v], rate);
-        Z[pixel_of(v)] += u;
-        if (in_place) z[i][v] = u;
-      });
     });
     sum_across_groups(Z);
     if (both) sum_across_groups(soft_Z);
+    if (smoothed()) sum_across_groups(smooth_dot);
 
-    // losses
+    // Losses, and the sums of the targets times what multiplies them in the gradient.
+    A label_k[P], self_sum[P] = {}, soft_q[P] = {}, soft_log_z[P], loss[P];
+    gradient_of_loss(0, e, label_k);
+    if (as_teacher) target_dot_said(self, e, self_sum);
     if (with_losses) {
-      A log_z[P], soft_log_z[P], loss[P];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        log_z[p] = log2(Z[p]) * A(kLn2);
-        soft_log_z[p] = both ? log2(soft_Z[p]) * A(kLn2) : log_z[p];
-        loss[p] = label_loss(hot[p], label_y[p], log_z[p], a.smoothing, all_weights, smooth_dot[p]);
-        if (a.teacher_learns) {
+        const A log_z = log_normalizer(Z[p]), label_y = label_w[p] != 0 ? label_z[p] - m[p] : A(0);
+        soft_log_z[p] = both ? log_normalizer(soft_Z[p]) : log_z;
+        loss[p] = smoothed() ? label_loss(hot[p], label_y, log_z, a.smoothing, all_weights, smooth_dot[p])
+                             : hot[p] * (log_z - label_y);
+        loss[p] = label_w[p] != 0 ? label_w[p] * loss[p] : A(0);  // ignored, but counted for soft losses: may be NaN
+        if (teacher_learns()) {
           saying(e, kPeak, p) = m[p];
           saying(e, kLogNormalizer, p) = soft_two() ? a.tau * soft_log_z[p] : soft_log_z[p];
         }
       }
       put_loss(0, e, loss);
-      for (int r = 0; r < a.T; ++r) {
+    }
+    for (int r = 0; r < a.T; ++r) {
+      if (!teaches(r, e)) {
 #pragma unroll
-        for (int p = 0; p < P; ++p) loss[p] = teaches(r, e) ? loss_of(r, p, soft_log_z[p]) : A(0);
+        for (int p = 0; p < P; ++p) loss[p] = 0;
+        if (with_losses && !summed()) put_loss(r + 1, e, loss);
+        continue;
+      }
+      A sum[P], k[P];
+      load_shared(scalars(r, kSum), sum);
+      if (with_losses) {
+        A dot[P];
+        dot_with_target(r, e, dot);
+#pragma unroll
+        for (int p = 0; p < P; ++p)
+          loss[p] = soft_w[p] * soft_loss(sum[p], dot[p], soft_log_z[p], a.log_z_scale, a.dot_scale);
         put_loss(r + 1, e, loss);
       }
+      gradient_of_loss(r + 1, e, k);
+#pragma unroll
+      for (int p = 0; p < P; ++p) soft_q[p] += k[p] * sum[p];
     }
     if (!with_gradient) return;
 
     // gradient_c = exp(y_c) f + exp(y_c / tau) soft_f - sum_r k_r target_rc - ...
-    A f[P], soft_f[P], label_k[P], self_sum[P] = {};
-    if (as_teacher) target_dot_said(self, e, self_sum);
+    A f[P], soft_f[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      label_k[p] = gradient_of_loss(0, e, p);
-      A q = label_k[p] * (hot[p] + a.smoothing * all_weights), soft_q = 0;  // sums of the targets
-      for (int r = 0; r < a.T; ++r)
-        if (teaches(r, e)) soft_q += gradient_of_loss(r + 1, e, p) * scalar(r, kSum, p);
-      if (!soft_two()) soft_q += self_sum[p];
-      if (!both) q += soft_q;
-      f[p] = quotient(q, Z[p]);
-      soft_f[p] = both ? quotient(soft_q, soft_Z[p]) : A(0);
+      A q = label_k[p] * (smoothed() ? hot[p] + a.smoothing * all_weights : hot[p]);
+      if (!soft_two()) soft_q[p] += self_sum[p];
+      if (!both) q += soft_q[p];
+      f[p] = q * reciprocal(Z[p]);
+      soft_f[p] = both ? soft_q[p] * reciprocal(soft_Z[p]) : A(0);
     }
     over_blocks(e, [&] {
+      if (!kWhole) each([&](int i, int v) { u[i][v] = exp2_of(z[i][v], rate); });
       if (both) {
         each([&](int i, int v) {
-          z[i][v] = exp2_of(z[i][v], rate) * f[pixel_of(v)] + exp2_of(z[i][v], a.rate_tau) * soft_f[pixel_of(v)];
+          z[i][v] = u[i][v] * f[pixel_of(v)] + exp2_of(z[i][v], a.rate_tau) * soft_f[pixel_of(v)];
         });
       } else {
-        each([&](int i, int v) { z[i][v] = (in_place ? z[i][v] : exp2_of(z[i][v], rate)) * f[pixel_of(v)]; });
+        each([&](int i, int v) { z[i][v] = u[i][v] * f[pixel_of(v)]; });
       }
-      if (a.target != Target::argmax)
-        for (int r = 0; r < a.T; ++r)
-          if (teaches(r, e)) subtract_target(r, e);
+      const bool joined = subtract_targets(e);
       if (as_teacher) add_said(self, e, self_sum);
-      subtract_labels(e, label_k);
+      subtract_hot(e, label_k, a.labels && !joined && !(summed() && gain(0, e) == 0));
       store_block(e);
     });
   }
@@ -550,25 +640,25 @@ struct Worker {
   SELFREG_DEVICE A class_weight(int c) const { return a.class_weight ? a.class_weight[c] : A(1); }
 
   // The dot product of the r-th teacher's target and exit e's y: for argmax, the y at that place.
-  SELFREG_DEVICE void dot_with_target(int r, int e) {
-    A dot[P] = {};
-    if (a.target == Target::argmax) {
+  SELFREG_DEVICE void dot_with_target(int r, int e, A (&dot)[P]) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) dot[p] = 0;
+    if (argmax()) {
 #pragma unroll
       for (int p = 0; p < P; ++p)
         if (soft_w[p] != 0) dot[p] = number(origin, a.exits[e], p, int(scalar(r, kArgmax, p))) - m[p];
-    } else {
-      over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
+      return;
+    }
+    over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
+    bool good = true;
+#pragma unroll
+    for (int p = 0; p < P; ++p) good = good && dot[p] == dot[p];
+    if (__builtin_expect(!good, false)) {
 #pragma unroll
       for (int p = 0; p < P; ++p)
         if (dot[p] != dot[p]) dot[p] = guarded_dot(r, e, p);
-      sum_across_groups(dot);
     }
-#pragma unroll
-    for (int p = 0; p < P; ++p) scalar(r, kDot, p) = dot[p];
-  }
-  SELFREG_DEVICE A loss_of(int r, int p, A log_z) const {
-    if (a.target == Target::argmax) return log_z - scalar(r, kDot, p);
-    return soft_loss(scalar(r, kSum, p), scalar(r, kDot, p), log_z, soft_two() ? a.tau * a.tau : a.tau, a.tau);
+    sum_across_groups(dot);
   }
 
   // sum_c target_c y_c with 0 log 0 = 0. Rarely needed: a test for every number would cost more.
@@ -582,7 +672,7 @@ struct Worker {
         if (c >= C) continue;
         A q;
         if constexpr (kWhole) {
-          q = target(r, i)[kLayout == Layout::lanes ? k : p];
+          q = target(r)[i * V + (kLayout == Layout::lanes ? k : p)];
         } else {
           const PixelView& teacher = a.exits[a.teachers[r]];
           const A y = number(origin_of(teacher), teacher, p, c) - scalar(r, kMax, p);
@@ -594,30 +684,52 @@ struct Worker {
     return dot;
   }
 
-  SELFREG_DEVICE void subtract_target(int r, int e) {
-    A k[P];
+  // Takes the teachers' targets from z; of a whole row also the labels', where that can be, and says whether it was.
+  SELFREG_DEVICE bool subtract_targets(int e) {
+    if (argmax()) return false;
+    // For the time being the label's target goes to its place in the row of a teacher, in units of that one's gain: a
+    // few instructions for a pixel, not a comparison for every channel.
+    const A ratio = kWhole && a.labels && summed() ? shared[a.at.ratios + e] : A(0);
+    A* const row = target(teaches(0, e) ? 0 : 1);
+    A kept[P];
+    if (ratio != 0) {
 #pragma unroll
-    for (int p = 0; p < P; ++p) k[p] = gradient_of_loss(r + 1, e, p);
-    each_target(r, [&](int i, int v, A q) { z[i][v] -= k[pixel_of(v)] * q; });
+      for (int p = 0; p < P; ++p) {
+        kept[p] = row[place_in_row[p]];
+        row[place_in_row[p]] = kept[p] + hot_in_row[p] * ratio;
+      }
+    }
+    for (int r = 0; r < a.T; ++r) {
+      if (!teaches(r, e)) continue;
+      A k[P];
+      gradient_of_loss(r + 1, e, k);
+      each_target(r, [&](int i, int v, A q) { z[i][v] -= k[pixel_of(v)] * q; });
+    }
+    if (ratio != 0) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) row[place_in_row[p]] = kept[p];
+    }
+    return ratio != 0;
   }
 
   // What stands at single channels: the label, the teachers' argmax; and what smoothing gives to every class.
-  SELFREG_DEVICE void subtract_labels(int e, const A (&label_k)[P]) {
-    const int teachers = a.target == Target::argmax ? a.T : 0;
-    for (int r = a.labels ? -1 : 0; r < teachers; ++r) {
+  SELFREG_DEVICE void subtract_hot(int e, const A (&label_k)[P], bool with_labels) {
+    const int teachers = argmax() ? a.T : 0;
+    for (int r = with_labels ? -1 : 0; r < teachers; ++r) {
       if (r >= 0 && !teaches(r, e)) continue;
-      int at[P];
       A k[P];
+      gradient_of_loss(r + 1, e, k);
+      int at[P];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         at[p] = place_of(r < 0 ? label[p] : int(scalar(r, kArgmax, p)));
-        k[p] = r < 0 ? label_k[p] * hot[p] : gradient_of_loss(r + 1, e, p);
+        if (r < 0) k[p] *= hot[p];
       }
       each([&](int i, int v) {
         if (place(i, v) == at[pixel_of(v)]) z[i][v] -= k[pixel_of(v)];
       });
     }
-    if (a.smoothing != 0)
+    if (smoothed())
       each([&](int i, int v) {
         if (exists(i)) z[i][v] -= label_k[pixel_of(v)] * a.smoothing * class_weight(channel(i, v));
       });
@@ -632,9 +744,10 @@ struct Worker {
     for (int s = 0; s < a.N; ++s) {
       if (s == e) continue;
       A k[P], peak[P];
+      gradient_of_loss(r + 1, s, k);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        k[p] = gradient_of_loss(r + 1, s, p) / a.tau;
+        k[p] /= a.tau;
         peak[p] = saying(s, kPeak, p);
         normalizers[p] += k[p] * saying(s, kLogNormalizer, p);
       }
@@ -672,23 +785,22 @@ struct Worker {
   SELFREG_DEVICE void tile(int64_t first) {
     begin_tile(first);
     begin_block(0);
-    // Every teacher teaches, every exit learns; teachers that learn need what all their students said, so they come
-    // last.
-    const int students = a.T + a.N, steps = students + (!kWhole && a.teacher_learns ? a.T : 0);
+    for (int r = 0; r < a.T; ++r) {
+      read(a.teachers[r], true, r == a.T - 1);
+      teach(r);
+    }
+    // Every exit learns; teachers that learn need what all their students said, so they come last.
+    const int students = a.N, steps = students + (teacher_learns() ? a.T : 0);
     for (int step = 0; step < steps; ++step) {
-      const bool teaching = step < a.T, again = !kWhole && step >= students;
-      const int e = teaching ? a.teachers[step] : again ? a.teachers[step - students] : a.order[step - a.T];
-      if (step == 0 || step != a.T) read(e, teaching);  // the last teacher is the first student, and at hand
-      if (teaching) {
-        teach(step);
-      } else {
-        student(e, again);
-      }
+      const bool again = !kWhole && step >= students;
+      const int e = again ? a.teachers[step - students] : a.order[step];
+      if (step > 0 || a.T == 0) read(e, false, true);  // the last teacher is the first student, and at hand
+      student(e, again);
     }
   }
 
   // Whether any gradient is written is up to the exits' views; this is what it is made of.
-  SELFREG_DEVICE A gain(int i, A label_norm, A soft_norm) const {
+  SELFREG_DEVICE A make_gain(int i, A label_norm, A soft_norm) const {
     const A norm = i < a.N ? label_norm : soft_norm, rate = i < a.N || a.target == Target::argmax ? A(1) : a.tau;
     if (a.reduction == Reduction::none) return rate;
     return (a.grad_losses ? a.grad_losses[i] : a.weights[i]) * norm * rate;
@@ -702,7 +814,7 @@ struct Worker {
       label = block_sum(label);
       soft = block_sum(soft);
     }
-    if (a.smoothing != 0) {
+    if (smoothed()) {
 #pragma unroll 1
       for (int c = thread(); c < C; c += threads()) weights += double(class_weight(c));
       weights = block_sum(weights);
@@ -714,24 +826,34 @@ struct Worker {
     if (blockIdx.x == 0 && thread() == 0) a.norm[0] = label, a.norm[1] = soft;
 
     const int entries = (a.T + 1) * a.N;
-    const bool summed = a.reduction != Reduction::none;
 #pragma unroll 1
-    for (int i = thread(); i < entries; i += threads()) shared[a.at.gains + i] = gain(i, A(label), A(soft));
-    if (summed && group() == 0)
+    for (int i = thread(); i < entries; i += threads())
+      shared[a.at.gains + shared_entry(i / a.N, i % a.N)] = make_gain(i, A(label), A(soft));
+    __syncthreads();
 #pragma unroll 1
-      for (int i = 0; i < entries; ++i) shared[a.at.sums + i * pixel_threads() + slot()] = 0;
+    for (int e = thread(); e < a.N; e += threads()) {
+      // Pixels weigh the same for labels and teachers. 0: the exit has no teacher, or one of no gain; or there is but one
+      // channel, and the gradient is to be exactly 0.
+      const int r = a.T > 0 && !teaches(0, e) ? 1 : 0;
+      const A ratio = r < a.T && C > 1 ? gain(0, e) / gain(r + 1, e) : A(0);
+      shared[a.at.ratios + e] = ratio - ratio == 0 ? ratio : A(0);
+    }
+    if (summed())
+#pragma unroll 1
+      for (int i = 0; i < entries; ++i) my_sums[i * threads()] = 0;
     __syncthreads();
 
     const int64_t tile_pixels = int64_t(pixel_threads()) * P;
     for (int64_t first = blockIdx.x * tile_pixels; first < a.pixels; first += gridDim.x * tile_pixels) tile(first);
 
-    if (!summed) return;
+    if (!summed()) return;
     __syncthreads();
     for (int i = thread() / 32; i < entries; i += threads() / 32) {  // a warp an entry
       double sum = 0;
+      const A* const sums = shared + a.at.sums + shared_entry(i / a.N, i % a.N) * threads();
+      const int apart = kLayout == Layout::lanes ? kLanes : 1;  // the threads that lead
 #pragma unroll 1
-      for (int k = thread() % 32; k < pixel_threads(); k += 32)
-        sum += double(shared[a.at.sums + i * pixel_threads() + k]);
+      for (int k = thread() % 32; k < pixel_threads(); k += 32) sum += double(sums[k * apart]);
       sum = warp_sum(sum);
       if (thread() % 32 == 0) a.partial[int64_t(i) * gridDim.x + blockIdx.x] = sum;
     }
@@ -747,9 +869,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
 
 // ---- the choice of a shape -------------------------------------------------------------------------------------
 
-template <Layout layout, int K, int V, int lanes, bool whole>
+template <Layout layout, int K, int V, int lanes, bool whole, bool plain>
 bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
-  using TheShape = Shape<layout, K, V, lanes, whole>;
+  using TheShape = Shape<layout, K, V, lanes, whole, plain>;
   const int together = layout == Layout::lanes ? lanes * V : args.groups;
   args.rows = (args.C + together - 1) / together;
   args.at = shared_layout<TheShape>(args, block.x * block.y, sizeof(S));
@@ -761,48 +883,62 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
 
 // A row of channels in registers, K of them a thread, V to an access where alignment allows. The more channels, the
 // fewer pixels: K V numbers stay in registers.
-template <Layout layout, int V, int lanes>
+template <Layout layout, int V, int lanes, bool plain>
 bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channels) {
   constexpr int most = layout != Layout::planes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
   if constexpr (most < 32) {
-    if (channels > most) return launch_whole<layout, V / 2, lanes>(launch, args, block, channels);
+    if (channels > most) return launch_whole<layout, V / 2, lanes, plain>(launch, args, block, channels);
   }
-  if (channels <= 8) return launch_shape<layout, 8, V, lanes, true>(launch, args, block);
+  if (channels <= 8) return launch_shape<layout, 8, V, lanes, true, plain>(launch, args, block);
   if constexpr (most >= 24) {
-    if (channels <= 16) return launch_shape<layout, 16, V, lanes, true>(launch, args, block);
-    if (channels <= 24) return launch_shape<layout, 24, V, lanes, true>(launch, args, block);
+    if (channels <= 16) return launch_shape<layout, 16, V, lanes, true, plain>(launch, args, block);
+    if constexpr (has_fine_steps(layout, V, plain)) {
+      if (channels <= 20) return launch_shape<layout, 20, V, lanes, true, plain>(launch, args, block);
+      if (channels <= 22) return launch_shape<layout, 22, V, lanes, true, plain>(launch, args, block);
+    }
+    if (channels <= 24) return launch_shape<layout, 24, V, lanes, true, plain>(launch, args, block);
   }
-  if constexpr (most >= 32) return launch_shape<layout, 32, V, lanes, true>(launch, args, block);
+  if constexpr (most >= 32) return launch_shape<layout, 32, V, lanes, true, plain>(launch, args, block);
   return false;
 }
 
+template <bool plain>
 bool launch_planes(const Launch<A>& launch, Args<A>& args) {
   args.groups = (args.C + 31) / 32;                      // spreading a pixel over warps keeps its channels in registers
   if (args.groups > 16) args.groups += args.groups % 2;  // half warps: an even number of them
   const int channels = (args.C + args.groups - 1) / args.groups;
   const dim3 block = args.groups == 1 ? dim3(128, 1) : dim3(args.groups <= 16 ? 32 : 16, args.groups);
-  if (launch.vector % 4 == 0) return launch_whole<Layout::planes, 4, 1>(launch, args, block, channels);
-  if (launch.vector % 2 == 0) return launch_whole<Layout::planes, 2, 1>(launch, args, block, channels);
-  return launch_whole<Layout::planes, 1, 1>(launch, args, block, channels);
+  if (launch.vector % 4 == 0) return launch_whole<Layout::planes, 4, 1, plain>(launch, args, block, channels);
+  if (launch.vector % 2 == 0) return launch_whole<Layout::planes, 2, 1, plain>(launch, args, block, channels);
+  return launch_whole<Layout::planes, 1, 1, plain>(launch, args, block, channels);
 }
 
+template <bool plain>
 bool launch_lanes(const Launch<A>& launch, Args<A>& args) {
   args.groups = 1;
   if (args.C > 256) {
-    if (launch.vector % 4 == 0) return launch_shape<Layout::lanes, 32, 4, 32, true>(launch, args, dim3(128));
-    return launch_shape<Layout::lanes, 32, 1, 32, true>(launch, args, dim3(128));
+    if (launch.vector % 4 == 0) return launch_shape<Layout::lanes, 32, 4, 32, true, plain>(launch, args, dim3(128));
+    return launch_shape<Layout::lanes, 32, 1, 32, true, plain>(launch, args, dim3(128));
   }
   const int channels = (args.C + 7) / 8;
-  if (launch.vector % 4 == 0) return launch_whole<Layout::lanes, 4, 8>(launch, args, dim3(128), channels);
-  return launch_whole<Layout::lanes, 1, 8>(launch, args, dim3(128), channels);
+  if (launch.vector % 4 == 0) return launch_whole<Layout::lanes, 4, 8, plain>(launch, args, dim3(128), channels);
+  return launch_whole<Layout::lanes, 1, 8, plain>(launch, args, dim3(128), channels);
+}
+
+template <bool plain>
+bool launch_rows_as(const Launch<A>& launch, Args<A>& args) {
+  if (launch.layout == Layout::planes) return launch_planes<plain>(launch, args);
+  if (launch.layout == Layout::lanes || args.C > 32) return launch_lanes<plain>(launch, args);
+  args.groups = 1;
+  return launch_whole<Layout::staged, 1, 1, plain>(launch, args, dim3(128), args.C);
 }
 
 bool launch_rows(const Launch<A>& launch, Args<A>& args) {
-  if (args.teacher_learns || args.C > 1024) return false;
-  if (launch.layout == Layout::planes) return launch_planes(launch, args);
-  if (launch.layout == Layout::lanes || args.C > 32) return launch_lanes(launch, args);
-  args.groups = 1;
-  return launch_whole<Layout::staged, 1, 1>(launch, args, dim3(128), args.C);
+  if (args.teacher_learns || args.C > 1024 || !launch.near) return false;
+  const bool two_rates = args.target == Target::renormalized && args.labels && args.T > 0;
+  const bool plain =
+      args.target != Target::argmax && !two_rates && args.smoothing == 0 && args.reduction != Reduction::none;
+  return plain ? launch_rows_as<true>(launch, args) : launch_rows_as<false>(launch, args);
 }
 
 #endif
@@ -811,10 +947,10 @@ bool launch_rows(const Launch<A>& launch, Args<A>& args) {
 bool launch_blockwise(const Launch<A>& launch, Args<A>& args, unsigned threads) {
   if (launch.layout != Layout::planes) {
     args.groups = 1;
-    return launch_shape<Layout::lanes, 8, 1, 32, false>(launch, args, dim3(threads));
+    return launch_shape<Layout::lanes, 8, 1, 32, false, false>(launch, args, dim3(threads));
   }
   args.groups = args.C < 256 ? 1 : 8;
-  return launch_shape<Layout::planes, 8, 1, 1, false>(launch, args, dim3(threads / args.groups, args.groups));
+  return launch_shape<Layout::planes, 8, 1, 1, false, false>(launch, args, dim3(threads / args.groups, args.groups));
 }
 
 }  // namespace

@@ -45,6 +45,9 @@ void merge_dimensions(const ExitLoss& L, Args<A>& args) {
     for (int i = 0; i < count; ++i) views[i]->step[d] = 0;
   }
   args.dims = 3 - last;
+  args.alike = std::all_of(views, views + count, [&](const PixelView* v) {
+    return std::equal(v->step, v->step + 3, views[0]->step);
+  });
 }
 
 // Calls f for the views that the kernel touches; whether it is true for all.
@@ -73,6 +76,7 @@ void choose_layout(const Args<A>& args, int bytes, Launch<A>& launch) {
            });
   };
   launch.vector = fits(4) ? 4 : fits(2) ? 2 : 1;
+  launch.near = all_views(args, [&](const PixelView& v) { return (args.C - 1) * v.channel <= 0xffffffffll; });
 }
 
 // ---- phase 0 ---------------------------------------------------------------------------------------------------
@@ -198,6 +202,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.reduction = L.reduction;
   args.tau = A(L.temperature);
   args.rate_tau = A(kLog2e / L.temperature);
+  args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
+  args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
   args.hot_weight = A(1 - L.label_smoothing);
   args.smoothing = L.labels ? A(L.label_smoothing / double(L.C)) : A(0);
   args.ignore_index = L.ignore_index;

@@ -14,6 +14,7 @@ template <class A>
 struct Launch {
   Layout layout;  // planes, lanes, or staged where lanes may also be staged
   int vector;     // so many neighbours, a power of 2, can be one access
+  bool near;      // a pixel's channels are less than 2^32 numbers apart
   int device, processors;
   cudaStream_t stream;
   int64_t* blocks;  // out: how many there are
