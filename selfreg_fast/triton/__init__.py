@@ -369,11 +369,11 @@ def _norms(
     n, entries = losses.shape[1], losses.shape[0] * losses.shape[1]
     kernels.norms_kernel[(1,)](
         counts, _pairs(weights), grad_losses, norms, gains if summed else None, programs,
-        float(pixels if reduction == MEAN else 1), N=n, ENTRIES=entries, BLOCK=1024, **FUSED,
+        float(pixels if reduction == MEAN else 1), N=n, ENTRIES=entries, BLOCK=4096, num_warps=8, **FUSED,
     )  # fmt: skip
     return norms, gains
 
 
 def _finish(partials: Tensor, norms: Tensor, losses: Tensor, n: int) -> None:
     entries, programs = partials.shape
-    kernels.finish_kernel[(entries,)](partials, norms, losses, programs, n, BLOCK=1024, **FUSED)
+    kernels.finish_kernel[(entries,)](partials, norms, losses, programs, n, BLOCK=4096, num_warps=8, **FUSED)

@@ -114,42 +114,37 @@ def _picked(things, i):
 
 
 @triton.jit
-def _where(strides, i, b, start, W, ORDER: tl.constexpr, ROWWISE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
-           BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """Where a tile lies in tensor i: its beginning, the step from a channel to the next, and from there [BC, BP]."""
+def _tile(
+    strides, i, b, start, W, ORDER: tl.constexpr, ROWWISE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Where a tile lies in tensor i: its beginning, the step between channels, and from there its pixels and numbers.
+
+    The first two are scalars in 64 bits. Strides are coded as the launcher says.
+    """
     step_b, step_c, step_h, step_w = (), (), (), ()
     for s in tl.static_range(len(strides)):
-        step_b += (strides[s][0],)
-        step_c += (strides[s][1],)
-        step_h += (strides[s][2],)
-        step_w += (strides[s][3],)
-    b_, c_, h_, w_ = (
-        (_picked(step_b, i).to(tl.int64) >> 1) - 1,
-        (_picked(step_c, i).to(tl.int64) >> 1) - 1,
-        (_picked(step_h, i).to(tl.int64) >> 1) - 1,
-        (_picked(step_w, i).to(tl.int64) >> 1) - 1,
-    )
-    b_ = tl.multiple_of(b_, VEC)
+        step_b += ((strides[s][0].to(tl.int64) >> 1) - 1,)
+        step_c += ((strides[s][1].to(tl.int64) >> 1) - 1,)
+        step_h += ((strides[s][2].to(tl.int64) >> 1) - 1,)
+        step_w += ((strides[s][3].to(tl.int64) >> 1) - 1,)
+    first, step = b * tl.multiple_of(_picked(step_b, i), VEC), _picked(step_c, i)
     x = tl.arange(0, BP)
     if ROWWISE:
-        first = b * b_
-        place = (start + x) // W * h_ + (start + x) % W * w_
+        place = (start + x) // W * _picked(step_h, i) + (start + x) % W * _picked(step_w, i)
     elif ORDER == PIXELS:
-        first = b * b_ + start
+        first += start
         place = x.to(tl.int64)
     else:
-        first = b * b_ + start * w_
-        place = x * w_
-    if ORDER != PIXELS:
-        offsets = place[None, :] + tl.arange(0, BC)[:, None]
-        c_ = tl.full([], 1, tl.int64)
+        first += start * _picked(step_w, i)
+        place = x * _picked(step_w, i)
+    if ORDER == PIXELS:
+        step = tl.multiple_of(step, VEC)
+        tile = place[None, :] + (tl.arange(0, BC) * step)[:, None]
     else:
-        c_ = tl.multiple_of(c_, VEC)
-        offsets = place[None, :] + (tl.arange(0, BC) * c_)[:, None]
-    if not WIDE:
-        place = place.to(tl.int32)
-        offsets = offsets.to(tl.int32)
-    return first, c_, place, offsets
+        step = tl.full([], 1, tl.int64)
+        tile = place[None, :] + tl.arange(0, BC)[:, None]
+    return first, step, (place if WIDE else place.to(tl.int32)), (tile if WIDE else tile.to(tl.int32))
 
 
 @triton.jit
@@ -336,7 +331,7 @@ def exit_rows_kernel(
     # Phase 1: the teachers. Their target rows stay, or their argmax.
     q, arg, P = (), (), ()
     for r in tl.static_range(T):
-        first, step, place, tile = _where(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+        first, step, place, tile = _tile(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
         y, m = _row(exits[TEACHERS[r]] + first, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
         if TARGET == ARGMAX:
             arg += (_argmax(y, C, BC),)
@@ -363,7 +358,7 @@ def exit_rows_kernel(
 
     # Phase 2: every exit learns, from the labels and from the teachers that it is not.
     for i in range(N):
-        first, step, place, tile = _where(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+        first, step, place, tile = _tile(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
         exit = _picked(exits, i) + first
         y, m = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
         e, Z1, v, Z2 = y, tl.full([BP], 1.0, A), y, tl.full([BP], 1.0, A)
@@ -405,7 +400,7 @@ def exit_rows_kernel(
                         y_again, m_again = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
                         guarded += (_dot(q[r * K : r * K + K], y_again, True),)
                     else:
-                        t_first, t_step, t_place, t_tile = _where(
+                        t_first, t_step, t_place, t_tile = _tile(
                             strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
                         )
                         guarded += (
@@ -439,7 +434,7 @@ def exit_rows_kernel(
         if GRADIENT:
             if (WANTED >> i) & 1 != 0:
                 f1, f2 = q1 / Z1, q2 / Z2
-                grad_first, grad_step, grad_place, grad_tile = _where(
+                grad_first, grad_step, grad_place, grad_tile = _tile(
                     strides, i if len(strides) == 1 else N + i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
                 )
                 to = _picked(grads, i) + grad_first
