@@ -23,10 +23,12 @@ if find_spec("triton") is None:
 
 Report = dict[str, Any]
 
-# What compiles: C, dtype, and how it differs from five exits, of which the first and the last teach, with labels.
+# What compiles: C, dtype, and how it differs from five exits, of which the first and the last teach, with labels, of a
+# size that vectors of 4 divide.
 LAUNCHES: dict[str, Report] = {
     "19-float32": {"channels": 19, "dtype": "float32"},
     "21-float32": {"channels": 21, "dtype": "float32"},
+    "21-float32-odd": {"channels": 21, "dtype": "float32", "size": (2, 33, 65)},
     "21-bfloat16": {"channels": 21, "dtype": "bfloat16"},
     "21-float16-recomputed": {"channels": 21, "dtype": "float16", "recompute": True},
     "21-float32-temperature": {"channels": 21, "dtype": "float32", "temperature": 2.0},
@@ -34,11 +36,15 @@ LAUNCHES: dict[str, Report] = {
     "21-float32-argmax": {"channels": 21, "dtype": "float32", "target": 2},
     "21-float32-learning": {"channels": 21, "dtype": "float32", "temperature": 2.0, "detach": False},
     "21-float32-weights": {"channels": 21, "dtype": "float32", "weights": True, "smoothing": 0.1},
+    "21-float32-channels_last": {"channels": 21, "dtype": "float32", "temperature": 2.0, "channels_last": True},
     "21-bfloat16-channels_last": {"channels": 21, "dtype": "bfloat16", "channels_last": True},
     "21-float32-maps": {"channels": 21, "dtype": "float32", "recompute": True, "reduction": 2},
-    "150-float32": {"channels": 150, "dtype": "float32"},
+    "32-float32-channels_last": {"channels": 32, "dtype": "float32", "temperature": 2.0, "channels_last": True},
+    "150-float32": {"channels": 150, "dtype": "float32", "temperature": 2.0},
     "150-bfloat16": {"channels": 150, "dtype": "bfloat16"},
     "150-float64": {"channels": 150, "dtype": "float64"},
+    "150-bfloat16-channels_last": {"channels": 150, "dtype": "bfloat16", "channels_last": True},
+    "1000-float32": {"channels": 1000, "dtype": "float32"},
 }
 
 
@@ -51,7 +57,7 @@ def compiled() -> dict[str, list[Report]]:
 def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> None:
     """No kernel of a training step keeps registers in memory."""
     kernels = compiled[name]
-    assert "exit_loss_kernel" in {k["kernel"] for k in kernels}
+    assert any(k["kernel"].startswith("exit_") for k in kernels)
     for k in kernels:
         print(f"{name}: {k['kernel']}: {k['registers']} registers, {k['shared']} bytes shared")
         assert k["stack"] == 0, k
@@ -60,14 +66,14 @@ def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> Non
 def test_crops_of_any_size_need_no_further_compilation() -> None:
     """20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights."""
     counts: dict[str, int] = _in_a_process_of_its_own("crops")
-    assert counts["exit_loss_kernel"] >= 1
+    assert counts["exit_rows_kernel"] >= 1
     assert all(count <= 3 for count in counts.values()), counts
 
 
 def test_warmup_compiles_what_a_step_needs() -> None:
     """After `warmup`, a step on real sizes compiles nothing."""
     before, after = _in_a_process_of_its_own("warmup")
-    assert before["exit_loss_kernel"] == 1
+    assert before["exit_rows_kernel"] == 1
     assert before == after
 
 
@@ -195,7 +201,7 @@ def _launches(launchers: Any) -> dict[str, list[Report]]:
     for name, launch in LAUNCHES.items():
         for kernel in _kernels(launchers).values():
             kernel.device_caches.clear()
-        _step(launchers, (2, 33, 65), **launch)
+        _step(launchers, **{"size": (2, 32, 64), **launch})
         for _, binary in _binaries(launchers):
             if binary.hash not in known:
                 known[binary.hash] = _resources(binary)
@@ -236,7 +242,7 @@ def _strides(launchers: Any) -> dict[str, bool]:
     for name, strides in views.items():
         exit = torch.empty_strided((2, 21, 8, 8), strides, device="meta")
         sizes, found, order = launchers._runs(exit.shape, [exit], [None])
-        result[name] = launchers._layout(sizes, found, order, 4, 128)["WIDE"]
+        result[name] = launchers._layout(sizes, found, 4, 128)["WIDE"]
     return result
 
 

@@ -7,6 +7,7 @@ channels or exits; sizes and strides are arguments. :func:`warmup` compiles ahea
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ __all__ = ["exit_loss", "scale_", "warmup"]
 
 RAW, RENORMALIZED, ARGMAX = 0, 1, 2
 MEAN, SUM, NONE = 0, 1, 2
-PIXELS, CHANNELS, APART = 0, 1, 2
+PIXELS, CHANNELS, ROWS, APART = 0, 1, 2, 3
 
 # As Triton has always compiled; versions from 3.9 on warn where it is left open.
 FUSED: dict[str, Any] = {} if TRITON_INTERPRETED else {"enable_fp_fusion": True}
@@ -62,40 +63,36 @@ def exit_loss(
     losses = first.new_empty(shape, dtype=dtype)
 
     with _on_its_device(first):
-        norms = _norms(first, labels, class_weight, pixel_weight, ignore_index, mask_soft, reduction, dtype)
         outs = [grads.get(i) for i in range(n)]
         sizes, strides, order = _runs(first.shape, exits, outs)
-        config = block_sizes(C, dtype, order)
-        layout = _layout(sizes, strides, order, config["BC"], config["BP"])
+        options = constants(n, teachers, temperature, target, label_smoothing, mask_soft, detach_teacher, bool(wanted))
+        wide = dtype == torch.float64 or options["LEARN"]
+        vector = vector_length(sizes, C, strides, order, [*exits, *grads.values()])
+        plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
+        config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
+        by_row = bool(config)
+        config = config or block_tiles(C, dtype, order)
         tiles = triton.cdiv(sizes[1] * sizes[2], config["BP"])
         programs = sizes[0] * tiles
         partials = None if reduction == NONE else losses.new_empty((entries, programs))
-        kernels.exit_loss_kernel[(programs,)](
-            tuple(exits),
-            tuple(outs),
-            _coded(strides),
-            labels,
-            class_weight,
-            pixel_weight,
-            grad_losses,
-            _pairs(weights) if wanted and grad_losses is None else (),
-            norms,
-            losses,
-            partials,
-            C,
-            sizes[1],
-            sizes[2],
-            tiles,
-            pixels,
-            programs,
-            ignore_index,
-            float(temperature),
-            float(label_smoothing),
-            **constants(n, teachers, temperature, target, label_smoothing, mask_soft, detach_teacher, bool(wanted)),
-            **layout,
-            **config,
-            **FUSED,
-        )
+        norms, gains = _norms(
+            first, labels, class_weight, pixel_weight, ignore_index, mask_soft, reduction, losses,
+            weights if wanted and grad_losses is None else (), grad_losses if wanted else None,
+        )  # fmt: skip
+        data = (_coded(strides), labels, class_weight, pixel_weight, gains, losses, partials)
+        numbers = (*sizes[1:], tiles, pixels, programs, ignore_index, float(temperature), float(label_smoothing))
+        config |= _layout(sizes, strides, config["BC"], config["BP"])
+        if by_row:
+            options = {key: options[key] for key in ("TEACHERS", "TARGET", "UNIT", "SMOOTH", "MASK_SOFT")}
+            options["WANTED"] = sum(1 << i for i in wanted)
+            places = tuple(grads.get(i, exits[i]) for i in range(n)) if wanted else ()
+            kernels.exit_rows_kernel[(programs,)](
+                tuple(exits), places, *data, C, *numbers, **options, **config, **FUSED
+            )
+        else:
+            kernels.exit_blocks_kernel[(programs,)](
+                tuple(exits), tuple(outs), *data, C, *numbers, **options, **config, **FUSED
+            )
         if partials is not None:
             _finish(partials, norms, losses, n)
         if weights:
@@ -183,18 +180,79 @@ def _on_its_device(tensor: Tensor) -> AbstractContextManager[Any]:
 # ---- launch parameters -----------------------------------------------------------------------------------------------
 
 
-def block_sizes(C: int, dtype: torch.dtype, order: int) -> dict[str, int]:
-    """Channels and pixels of a tile, and warps. Nothing is measured at run time.
+def vector_length(
+    sizes: Sequence[int], C: int, strides: Sequence[Sequence[int]], order: int, tensors: Sequence[Tensor]
+) -> int:
+    """How many neighbours in memory can be accessed at once, wherever a tile begins: 4, or 1.
+
+    Not 2: sizes that 2 divides and 4 does not are rare, and would be one more compilation.
+    """
+    if order == PIXELS:
+        inner = [sizes[2], *(step for s in strides for step in s[:3])]
+    elif order == ROWS:
+        inner = [sizes[2] * C]
+    else:
+        return 1
+    places = [x.data_ptr() // x.element_size() for x in tensors]
+    return 4 if math.gcd(4, *inner, *places) == 4 else 1
+
+
+def rows_held(options: dict[str, Any], labels: bool) -> int:
+    """How many rows of a pixel exit_rows_kernel has in registers: the teachers' targets, and an exit's exponentials."""
+    if options["TARGET"] == ARGMAX:
+        return 1
+    two = labels and options["TARGET"] == RENORMALIZED and bool(options["TEACHERS"])
+    return len(options["TEACHERS"]) + 1 + two
+
+
+def row_tiles(C: int, vector: int, held: int, order: int, plain: bool) -> dict[str, Any]:
+    """Tiles of the kernel that keeps rows in registers; nothing where they do not fit. Nothing is measured at run time.
+
+    A thread has up to 128 numbers of the rows held: all channels of `each` pixels, or, where a pixel is shared by
+    `groups` threads of neighbouring lanes (channels adjacent) or of as many (half) warps (pixels adjacent), a part.
+    """
+    channels, groups, each, warps = 1, 1, 1, 4
+    limits = {}
+    if order == ROWS and held * C > 96:
+        order = CHANNELS
+    if order == ROWS:
+        channels = triton.next_power_of_2(C)
+    elif order == CHANNELS:
+        groups = channels = 8 if held * triton.cdiv(C, 8) <= 128 else 32
+    elif held * C <= 128:
+        each = max(v for v in (1, 2, 4) if v <= vector and held * C * v <= 128)
+        warps = 1
+        if plain:  # as many registers as it needs, not as many as there are; with weights it needs more
+            limits = {"maxnreg": 128 if held * C * each <= 64 else 184}
+    else:
+        while held * triton.cdiv(C, groups) > 80 and groups < 32:
+            groups *= 2
+        channels, warps, vector = 2 * groups, min(groups, max(4, groups // 2)), 1
+    if order == APART or held * triton.cdiv(C, groups) > (80 if groups == 32 and order == PIXELS else 128):
+        return {}
+    pixels = 32 * warps * each // groups
+    if TRITON_INTERPRETED:  # an operation takes the same time on any tile that stays in cache
+        channels = triton.next_power_of_2(C if order == ROWS else triton.cdiv(C, 2))
+        pixels, limits = max(16, 32768 // channels), {}
+    tiles = triton.cdiv(C, channels)
+    row = {"BC": channels, "BP": pixels, "K": tiles, "LAST": C - (tiles - 1) * channels}
+    return {**row, "VEC": vector, "ORDER": order, "num_warps": warps, **limits}
+
+
+def block_tiles(C: int, dtype: torch.dtype, order: int) -> dict[str, int]:
+    """Tiles of the kernel that walks over blocks of channels.
 
     A thread has a pixel and 4 channels of every exit; where channels are adjacent in memory, 8 of them, a sector of 32
     bytes, lie in neighbouring threads.
     """
     if TRITON_INTERPRETED:  # an operation takes the same time on any tile that stays in cache
         channels = min(triton.next_power_of_2(C), 1024)
-        return {"BC": channels, "BP": max(16, 32768 // channels)}
-    if order == CHANNELS:
-        return {"BC": min(triton.next_power_of_2(C), 8), "BP": 32 if dtype == torch.float64 else 64, "num_warps": 4}
-    return {"BC": min(triton.next_power_of_2(C), 2 if dtype == torch.float64 else 4), "BP": 128, "num_warps": 4}
+        return {"BC": channels, "BP": max(16, 32768 // channels), "ORDER": CHANNELS if order == ROWS else order}
+    if order in (CHANNELS, ROWS):
+        channels, pixels, order = 8, 32 if dtype == torch.float64 else 64, CHANNELS
+    else:
+        channels, pixels = 2 if dtype == torch.float64 else 4, 128
+    return {"BC": min(triton.next_power_of_2(C), channels), "BP": pixels, "num_warps": 4, "ORDER": order}
 
 
 def constants(
@@ -230,7 +288,7 @@ def _runs(
     Dimensions are merged where all tensors allow it: to images that are one run of pixels, (B, 1, H W), if their rows
     follow each other, and to one run in all for channels_last.
     """
-    B, _, H, W = shape
+    B, C, H, W = shape
     strides = [list((z if g is None else g).stride()) for z, g in zip([*exits, *exits], [*exits, *grads], strict=True)]
     if H == 1 or W == 1 or all(s[2] == W * s[3] for s in strides):
         for s in strides:
@@ -247,19 +305,20 @@ def _runs(
     if all(s[3] == 1 for s in strides):
         order = PIXELS
     elif all(s[1] == 1 for s in strides):
-        order = CHANNELS
+        whole = B == H == 1 and all(s[3] == C for s in strides)
+        order = ROWS if whole and C <= 32 and C not in (8, 16, 32) else CHANNELS
     else:
         order = APART
     return (B, H, W), strides, order
 
 
 def _layout(
-    sizes: tuple[int, int, int], strides: Sequence[Sequence[int]], order: int, channels: int, pixels: int
+    sizes: tuple[int, int, int], strides: Sequence[Sequence[int]], channels: int, pixels: int
 ) -> dict[str, Any]:
     """The compile-time options of the main kernel about memory, with tiles of `channels` and `pixels`."""
     _, H, W = sizes
     reach = max(channels * s[1] + (H * s[2] + W * s[3] if H > 1 else pixels * s[3]) for s in strides)
-    return {"ORDER": order, "ROWWISE": H > 1, "WIDE": reach >= 2**31}
+    return {"ROWWISE": H > 1, "WIDE": reach >= 2**31}
 
 
 def _coded(strides: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -291,26 +350,32 @@ def _norms(
     ignore_index: int,
     mask_soft: bool,
     reduction: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """What label losses and soft losses are multiplied with, [2] float64: 1, or 1 over the divisor of their mean."""
+    losses: Tensor,
+    weights: Sequence[float],
+    grad_losses: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What label losses and soft losses are multiplied with, [2] float64, and the gains of norms_kernel."""
     pixels = first.numel() // first.shape[1]
-    if reduction != MEAN:
-        return first.new_ones(2, dtype=torch.float64)
-    if labels is None and pixel_weight is None:
-        return first.new_full((2,), 1 / pixels, dtype=torch.float64)
-    block = 1 << 16 if TRITON_INTERPRETED else 2048
-    programs = triton.cdiv(pixels, block)
-    partials = first.new_empty((2, programs), dtype=dtype)
-    kernels.count_kernel[(programs,)](
-        labels, class_weight, pixel_weight, partials, first.shape[1], pixels, programs, ignore_index,
-        MASK_SOFT=mask_soft, BP=block, **FUSED,
+    counts, programs = None, 0
+    if reduction == MEAN and (labels is not None or pixel_weight is not None):
+        block = 1 << 16 if TRITON_INTERPRETED else 2048
+        programs = triton.cdiv(pixels, block)
+        counts = losses.new_empty((2, programs))
+        kernels.count_kernel[(programs,)](
+            labels, class_weight, pixel_weight, counts, first.shape[1], pixels, programs, ignore_index,
+            MASK_SOFT=mask_soft, BP=block, **FUSED,
+        )  # fmt: skip
+    norms = losses.new_empty(2, dtype=torch.float64)
+    summed = reduction != NONE and (weights or grad_losses is not None)
+    gains = torch.empty_like(losses) if summed else grad_losses  # a map the kernels take as it is
+    n, entries = losses.shape[1], losses.shape[0] * losses.shape[1]
+    kernels.norms_kernel[(1,)](
+        counts, _pairs(weights), grad_losses, norms, gains if summed else None, programs,
+        float(pixels if reduction == MEAN else 1), N=n, ENTRIES=entries, BLOCK=4096, num_warps=8, **FUSED,
     )  # fmt: skip
-    norms = first.new_empty(2, dtype=torch.float64)
-    _finish(partials, None, norms, 0)
-    return norms
+    return norms, gains
 
 
-def _finish(partials: Tensor, norms: Tensor | None, out: Tensor, n: int) -> None:
+def _finish(partials: Tensor, norms: Tensor, losses: Tensor, n: int) -> None:
     entries, programs = partials.shape
-    kernels.finish_kernel[(entries,)](partials, norms, out, programs, n, BLOCK=1024, **FUSED)
+    kernels.finish_kernel[(entries,)](partials, norms, losses, programs, n, BLOCK=4096, num_warps=8, **FUSED)

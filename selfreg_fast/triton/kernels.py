@@ -1,18 +1,17 @@
-"""The exit-loss matrix in Triton: one kernel for the mathematics, three small ones around it.
+"""The exit-loss matrix in Triton: two kernels for the mathematics, four small ones around them.
 
-A program has a tile of pixels and walks over the channels in blocks of BC, twice, with the same block of all N exits
-in registers at once. A tile (BC, BP) has its pixels across the threads, so that no reduction over channels crosses
-lanes, and what is known of a pixel is a vector [BP]. Phases, numbered as on every backend:
+    phase 0   what the means divide by, what a pixel gives to the gradient      count_kernel, norms_kernel
+    phase 1   statistics of the teachers, then of every exit                    exit_rows_kernel or exit_blocks_kernel
+    phase 2   losses and gradients                                              the same
+    phase 3   sums over programs, in a fixed order, in float64                  finish_kernel, total_kernel
 
-    phase 0   what the means divide by                                count_kernel, finish_kernel
-    phase 1   first walk: statistics of every exit, online            exit_loss_kernel
-    phase 2   the losses; second walk: the gradients                  exit_loss_kernel
-    phase 3   sums over programs, in a fixed order, in float64        finish_kernel, total_kernel
+`exit_rows_kernel` keeps the channels of a pixel in registers: teachers first, whose target rows stay, then one exit
+after the other, read once. `exit_blocks_kernel` walks over the channels in blocks, twice, with the same block of all
+exits at hand: for rows too long, float64, and teachers that learn, which need all their students' logits at once.
 
-Since all exits are walked over together, a teacher is an exit whose statistics others use, and an exit is read once
-from memory and once from cache whatever the number of teachers. Mathematics: csrc/pixel_math.h, derivations:
-selfreg_fast/reference.py. Notation: m = max_c z_c, y = z - m <= 0, e = exp(y), u = exp(y / tau); a teacher's target is
-q = factor u, and P = sum_c q_c. A, the type of the arithmetic, is float32, or float64 for float64 exits.
+Mathematics: csrc/pixel_math.h, derivations: selfreg_fast/reference.py. Notation: m = max_c z_c, y = z - m <= 0,
+e = exp(y), u = exp(y / tau); a teacher's target is q = factor u, and P = sum_c q_c. A, the type of the arithmetic, is
+float32, or float64 for float64 exits.
 """
 
 import triton
@@ -24,6 +23,7 @@ ARGMAX = tl.constexpr(2)  # one-hot of argmax t
 
 PIXELS = tl.constexpr(0)  # neighbouring pixels are neighbours in memory (NCHW)
 CHANNELS = tl.constexpr(1)  # neighbouring channels are (channels_last)
+ROWS = tl.constexpr(2)  # and one pixel's channels follow another's
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.402823466e38)  # where a running maximum starts: finite, for -inf - (-inf) is NaN
@@ -73,10 +73,7 @@ def _product(k, y):
 
 
 @triton.jit
-def _enter(
-    loss, weight, norm, entry, grad_losses, weights, losses, partials, j, inside, pixels, programs, program,
-    GRADIENT: tl.constexpr,
-):  # fmt: skip
+def _enter(loss, weight, entry, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT: tl.constexpr):
     """Puts an entry of the matrix: the weighted loss to the map, or its sum over the tile to this program's place.
 
     Returns the gradient of the result with respect to the unweighted loss of every pixel, where it is asked for.
@@ -88,14 +85,10 @@ def _enter(
         tl.store(partials + entry * programs + program, tl.sum(weighted, 0))
     if not GRADIENT:
         return weight
-    elif grad_losses is None:  # weights come as two float32 each, for float64 exits
-        total = tl.full([], weights[2 * entry], weight.dtype) + tl.full([], weights[2 * entry + 1], weight.dtype)
-        return weight * (total * norm)
     elif partials is None:
-        given = tl.load(grad_losses + entry * pixels + j, mask=inside, other=0.0)
-        return tl.where(weight == 0, 0.0, weight * given)
+        return tl.where(weight == 0, 0.0, weight * tl.load(gains + entry * pixels + j, mask=inside, other=0.0))
     else:
-        return weight * (tl.load(grad_losses + entry) * norm)
+        return weight * tl.load(gains + entry)
 
 
 @triton.jit
@@ -111,17 +104,369 @@ def _enter_nothing(entry, losses, partials, j, inside, pixels, programs, program
 SIZES = ["C", "H", "W", "tiles", "pixels", "programs", "ignore_index", "temperature", "label_smoothing"]
 
 
+@triton.jit
+def _picked(things, i):
+    """things[i] for an i of run time."""
+    picked = things[0]
+    for k in tl.static_range(1, len(things)):
+        picked = tl.where(i == k, things[k], picked)
+    return picked
+
+
+@triton.jit
+def _tile(
+    strides, i, b, start, W, ORDER: tl.constexpr, ROWWISE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Where a tile lies in tensor i: its beginning, the step between channels, and from there its pixels and numbers.
+
+    The first two are scalars in 64 bits. Strides are coded as the launcher says.
+    """
+    step_b, step_c, step_h, step_w = (), (), (), ()
+    for s in tl.static_range(len(strides)):
+        step_b += ((strides[s][0].to(tl.int64) >> 1) - 1,)
+        step_c += ((strides[s][1].to(tl.int64) >> 1) - 1,)
+        step_h += ((strides[s][2].to(tl.int64) >> 1) - 1,)
+        step_w += ((strides[s][3].to(tl.int64) >> 1) - 1,)
+    first, step = b * tl.multiple_of(_picked(step_b, i), VEC), _picked(step_c, i)
+    x = tl.arange(0, BP)
+    if ROWWISE:
+        place = (start + x) // W * _picked(step_h, i) + (start + x) % W * _picked(step_w, i)
+    elif ORDER == PIXELS:
+        first += start
+        place = x.to(tl.int64)
+    else:
+        first += start * _picked(step_w, i)
+        place = x * _picked(step_w, i)
+    if ORDER == PIXELS:
+        step = tl.multiple_of(step, VEC)
+        tile = place[None, :] + (tl.arange(0, BC) * step)[:, None]
+    else:
+        step = tl.full([], 1, tl.int64)
+        tile = place[None, :] + tl.arange(0, BC)[:, None]
+    return first, step, (place if WIDE else place.to(tl.int32)), (tile if WIDE else tile.to(tl.int32))
+
+
+@triton.jit
+def _channels_of(x, other, last: tl.constexpr, LAST: tl.constexpr):
+    """A tile of a row, with a constant where there is no channel: what follows from it is not computed."""
+    if last and LAST < x.shape[0]:
+        return tl.where(tl.arange(0, x.shape[0])[:, None] < LAST, x, other)
+    else:
+        return x
+
+
+@triton.jit
+def _row(
+    exit, step, tile, counted, room, K: tl.constexpr, LAST: tl.constexpr, ORDER: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr, EVERY: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """The logits of an exit less their maximum, a tuple of tiles [BC, BP], and the maximum [BP].
+
+    Where there is no channel they are the lowest number, of which exp is 0 and 0 times which is 0.
+    """
+    c = tl.arange(0, BC)[:, None]
+    z, y = (), ()
+    for k in tl.static_range(K):
+        if ORDER == ROWS:  # read side by side, then exchanged in shared memory: a thread a pixel
+            at = tl.arange(0, BP * BC)
+            side_by_side = tl.load(exit + at, mask=(at < room) & (at < BP * LAST)).to(A)
+            pixel_by_pixel = tl.arange(0, BC)[:, None] + tl.arange(0, BP)[None, :] * LAST
+            z_k = tl.gather(side_by_side, tl.reshape(pixel_by_pixel, [BC * BP]), 0)
+            z_k = tl.reshape(z_k, [BC, BP])
+            if not EVERY:
+                z_k = tl.where(counted[None, :], z_k, 0.0)
+        else:
+            read = counted[None, :] if k < K - 1 or LAST == BC else counted[None, :] & (c < LAST)
+            if EVERY:  # what is outside of the image is neither counted nor written
+                z_k = tl.load(exit + k * BC * step + tile, mask=read).to(A)
+            else:
+                z_k = tl.load(exit + k * BC * step + tile, mask=read, other=0.0).to(A)
+        z += (_channels_of(z_k, LOWEST, k == K - 1, LAST),)
+    m = z[0]
+    for k in tl.static_range(1, K):
+        m = tl.maximum(m, z[k])
+    m = tl.maximum(tl.max(m, 0), LOWEST)
+    for k in tl.static_range(K):
+        y += (_channels_of(z[k] - m[None, :], LOWEST, k == K - 1, LAST),)
+    return y, m
+
+
+@triton.jit
+def _put(
+    values, to, step, tile, inside, room, k, K: tl.constexpr, LAST: tl.constexpr, ORDER: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Writes the k-th tile of a row."""
+    if ORDER == ROWS:
+        values = _channels_of(values, 0.0, True, LAST)
+        at = tl.arange(0, BP * BC)
+        side_by_side = at % LAST * BP + at // LAST
+        values = tl.gather(tl.reshape(values, [BC * BP]), side_by_side, 0)
+        tl.store(to + at, values.to(to.dtype.element_ty), mask=(at < room) & (at < BP * LAST))
+    else:
+        written = inside[None, :] if k < K - 1 or LAST == BC else inside[None, :] & (tl.arange(0, BC) < LAST)[:, None]
+        tl.store(to + k * BC * step + tile, values.to(to.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _exp2(row, rate, LAST: tl.constexpr):
+    """2^(y rate) for all tiles of a row, and its sum over the channels."""
+    values = ()
+    for k in tl.static_range(len(row)):
+        values += (_channels_of(tl.exp2(row[k] * rate), -0.0, k == len(row) - 1, LAST),)  # -0 adds nothing at all
+    total = values[0]
+    for k in tl.static_range(1, len(row)):
+        total += values[k]
+    return values, tl.sum(total, 0)
+
+
+@triton.jit
+def _dot(q, y, GUARDED: tl.constexpr):
+    """sum_c q_c y_c; guarded: 0 (-inf) = 0, as 0 log 0 = 0."""
+    total = _product(q[0], y[0]) if GUARDED else q[0] * y[0]
+    for k in tl.static_range(1, len(q)):
+        total += _product(q[k], y[k]) if GUARDED else q[k] * y[k]
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _guarded_dot(
+    teacher, teacher_step, teacher_tile, P, exit, step, tile, m, counted, rate, C, BC: tl.constexpr, A: tl.constexpr
+):
+    """sum_c q_c y_c with 0 (-inf) = 0, as 0 log 0 = 0, from memory: q = u P / sum_c u_c."""
+    peak = tl.full(tile.shape, LOWEST, A)
+    for c in range(0, C, BC):
+        read = counted[None, :] & (c + tl.arange(0, BC) < C)[:, None]
+        peak = tl.maximum(peak, tl.load(teacher + c * teacher_step + teacher_tile, mask=read, other=LOWEST).to(A))
+    top = tl.max(peak, 0)
+    total, dot = tl.zeros(tile.shape, A), tl.zeros(tile.shape, A)
+    for c in range(0, C, BC):
+        read = counted[None, :] & (c + tl.arange(0, BC) < C)[:, None]
+        t = tl.load(teacher + c * teacher_step + teacher_tile, mask=read, other=float("-inf")).to(A)
+        y = tl.load(exit + c * step + tile, mask=read, other=0.0).to(A) - m[None, :]
+        u = tl.exp2((t - top[None, :]) * rate)
+        total += u
+        dot += _product(u, y)
+    return tl.sum(dot, 0) * (P / tl.sum(total, 0))
+
+
+@triton.jit
+def _argmax(row, C, BC: tl.constexpr):
+    """The first of the largest channels; NaN is the largest, as in torch.argmax."""
+    arg = tl.full(row[0].shape, C, tl.int32)
+    best = tl.full(row[0].shape, float("-inf"), row[0].dtype)
+    for k in tl.static_range(len(row)):
+        c = k * BC + tl.arange(0, BC)[:, None]
+        key = tl.where(row[k] != row[k], float("inf"), row[k])
+        better = (c < C) & ((key > best) | (arg == C))
+        arg = tl.where(better, c, arg)
+        best = tl.where(better, key, best)
+    return tl.min(tl.where(best == tl.max(best, 0)[None, :], arg, C), 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
-def exit_loss_kernel(
+def exit_rows_kernel(
+    exits,  # N tensors (B, C, H, W)
+    grads,  # N tensors, or () where no gradient is wanted; those not in WANTED stand for none
+    strides,  # (b, c, h, w), coded, of all exits and gradients, or of each of these 2 N
+    labels,  # [B, H, W] or None
+    class_weight,  # [C] of A or None
+    pixel_weight,  # [B, H, W] of A or None
+    gains,  # [T + 1, N] of A, see norms_kernel; [T + 1, N, B, H, W] without partials; None without gradients
+    losses,  # [T + 1, N, B, H, W] of A, without partials
+    partials,  # [T + 1, N, programs] of A, or None
+    C: tl.int32,
+    H: tl.int32,
+    W: tl.int64,
+    tiles: tl.int32,  # of an image
+    pixels: tl.int64,  # of the batch
+    programs: tl.int64,
+    ignore_index: tl.int64,
+    temperature: tl.float64,
+    label_smoothing: tl.float64,
+    TEACHERS: tl.constexpr,  # row - 1 -> exit
+    TARGET: tl.constexpr,
+    UNIT: tl.constexpr,  # temperature 1: u = e
+    SMOOTH: tl.constexpr,  # label_smoothing is not 0
+    MASK_SOFT: tl.constexpr,
+    WANTED: tl.constexpr,  # bits: exits that get a gradient
+    ORDER: tl.constexpr,
+    ROWWISE: tl.constexpr,  # rows of an image are apart
+    WIDE: tl.constexpr,  # offsets in a tile need 64 bits
+    K: tl.constexpr,  # tiles of a row
+    LAST: tl.constexpr,  # channels of the last of them
+    VEC: tl.constexpr,  # so many neighbours can be accessed at once
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    A: tl.constexpr = losses.dtype.element_ty
+    N: tl.constexpr = len(exits)
+    T: tl.constexpr = len(TEACHERS)
+    SOFT: tl.constexpr = T > 0 and TARGET != ARGMAX
+    TWO: tl.constexpr = SOFT and TARGET == RENORMALIZED  # students' soft losses have a softmax of their own
+    ONE: tl.constexpr = labels is not None or not TWO
+    GRADIENT: tl.constexpr = WANTED != 0
+    # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
+    EVERY: tl.constexpr = T > 0 and pixel_weight is None and not MASK_SOFT
+    tau = tl.full([], temperature, A)
+    smoothing = tl.full([], label_smoothing, A)
+    one_rate = tl.full([], LOG2E, A)  # exp(y) = exp2(y one_rate), never exp2(z one_rate - m one_rate)
+    rate = one_rate if UNIT else one_rate / tau
+
+    program = tl.program_id(0)
+    b = (program // tiles).to(tl.int64)
+    start = (program % tiles).to(tl.int64) * BP
+    left, j = H * W - start, b * H * W + start
+    room = left * LAST
+    if ORDER == PIXELS:
+        left, j = tl.multiple_of(left, VEC), tl.multiple_of(j, VEC)
+    elif ORDER == ROWS:
+        room = tl.multiple_of(room, VEC)
+    inside = tl.arange(0, BP) < left
+    j += tl.arange(0, BP)
+    label_weight, soft_weight, label = _pixel_weights(labels, pixel_weight, j, inside, C, ignore_index, MASK_SOFT, A)
+    counted = inside if EVERY else (soft_weight if T > 0 else label_weight) != 0
+
+    # Phase 1: the teachers. Their target rows stay, or their argmax.
+    q, arg, P = (), (), ()
+    for r in tl.static_range(T):
+        first, step, place, tile = _tile(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+        y, m = _row(exits[TEACHERS[r]] + first, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+        if TARGET == ARGMAX:
+            arg += (_argmax(y, C, BC),)
+        else:
+            u, Z2 = _exp2(y, rate, LAST)
+            if TARGET == RENORMALIZED or UNIT:
+                factor = 1.0 / Z2
+                P += (tl.full([BP], 1.0, A),)
+            else:  # exponents are divided, not powers of a rounded softmax: it neither underflows nor rounds first
+                e, Z1 = _exp2(y, one_rate, LAST)
+                factor = tl.exp2(-tl.log2(Z1) / tau)
+                P += (Z2 * factor,)
+            for k in tl.static_range(K):
+                q += (_channels_of(u[k] * factor[None, :], 0.0, k == K - 1, LAST),)
+
+    hot = tl.full([BP], 1.0, A) - smoothing
+    if class_weight is not None:
+        hot *= tl.load(class_weight + label)
+    smooth = smoothing / C
+    class_weights = tl.full([], 0, A)
+    if SMOOTH:
+        for k in tl.static_range(K):
+            class_weights += tl.sum(_class_weight(class_weight, k * BC + tl.arange(0, BC), C, A), 0)
+
+    # Phase 2: every exit learns, from the labels and from the teachers that it is not.
+    for i in range(N):
+        first, step, place, tile = _tile(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+        exit = _picked(exits, i) + first
+        y, m = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+        e, Z1, v, Z2 = y, tl.full([BP], 1.0, A), y, tl.full([BP], 1.0, A)
+        if ONE:
+            e, Z1 = _exp2(y, one_rate, LAST)
+        if TWO:
+            v, Z2 = _exp2(y, rate, LAST)
+        log_1 = tl.log(Z1)
+        log_z = tl.log(Z2) * tau if TWO else log_1
+
+        # Losses, and what multiplies the gradients' parts: sums of the targets of either softmax; label, class weights
+        # and teachers' rows.
+        q1, q2 = tl.full([BP], 0, A), tl.full([BP], 0, A)
+        hots, smooths, taught = q1, q1, ()
+        if labels is not None:
+            y_label = tl.load(exit + place + label * step, mask=counted, other=0.0).to(A) - m
+            loss = hot * (log_1 - y_label)
+            if SMOOTH:
+                smooth_dot = tl.full([BP], 0, A)
+                for k in tl.static_range(K):
+                    w = _class_weight(class_weight, k * BC + tl.arange(0, BC), C, A)
+                    smooth_dot += tl.sum(_product(w[:, None], y[k]), 0)
+                loss += smooth * (class_weights * log_1 - smooth_dot)
+            g = _enter(loss, label_weight, i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT)
+            hots = g * hot
+            smooths = g * smooth
+            q1 += g * (hot + smooth * class_weights)
+        else:
+            _enter_nothing(i, losses, partials, j, inside, pixels, programs, program, A)
+        if SOFT:
+            dots, nan = (), tl.full([BP], 0, tl.int32)
+            for r in tl.static_range(T):
+                dots += (_dot(q[r * K : r * K + K], y, False),)
+                nan |= (dots[r] != dots[r]).to(tl.int32)
+            if tl.max(nan, 0) != 0:  # rare: a test of every number would cost more
+                guarded = ()
+                for r in tl.static_range(T):
+                    if ORDER == ROWS:
+                        y_again, m_again = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+                        guarded += (_dot(q[r * K : r * K + K], y_again, True),)
+                    else:
+                        t_first, t_step, t_place, t_tile = _tile(
+                            strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
+                        )
+                        guarded += (
+                            _guarded_dot(
+                                exits[TEACHERS[r]] + t_first, t_step, t_tile, P[r], exit, step, tile, m, counted, rate,
+                                C, BC, A,
+                            ),
+                        )  # fmt: skip
+                dots = guarded
+        for r in tl.static_range(T):
+            if SOFT:
+                loss = tau * (P[r] * log_z - dots[r])
+            else:
+                y_teacher = tl.load(exit + place + arg[r] * step, mask=counted, other=0.0).to(A) - m
+                loss = log_1 - y_teacher
+            weight = tl.where(i == TEACHERS[r], 0.0, soft_weight)  # nobody teaches itself
+            g = _enter(
+                loss, weight, (r + 1) * N + i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT
+            )
+            if TARGET == ARGMAX:
+                taught += (g,)
+                q1 += g
+            else:
+                taught += (g * tau,)
+                if TWO:
+                    q2 += g * tau * P[r]
+                else:
+                    q1 += g * tau * P[r]
+
+        # The gradient, (1) of the derivations: e q1 / Z1 + v q2 / Z2 less the targets.
+        if GRADIENT:
+            if (WANTED >> i) & 1 != 0:
+                f1, f2 = q1 / Z1, q2 / Z2
+                grad_first, grad_step, grad_place, grad_tile = _tile(
+                    strides, i if len(strides) == 1 else N + i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
+                )
+                to = _picked(grads, i) + grad_first
+                for k in tl.static_range(K):
+                    c = k * BC + tl.arange(0, BC)[:, None]
+                    grad = tl.zeros([BC, BP], A)
+                    if labels is not None:
+                        grad = tl.where(c == label[None, :], -hots[None, :], 0.0)
+                        if SMOOTH:
+                            w = _class_weight(class_weight, k * BC + tl.arange(0, BC), C, A)
+                            grad -= w[:, None] * smooths[None, :]
+                    for r in tl.static_range(T):
+                        if SOFT:
+                            grad -= q[r * K + k] * taught[r][None, :]
+                        else:
+                            grad -= tl.where(c == arg[r][None, :], taught[r][None, :], 0.0)
+                    if ONE:
+                        grad += e[k] * f1[None, :]
+                    if TWO:
+                        grad += v[k] * f2[None, :]
+                    _put(grad, to, grad_step, grad_tile, inside, room, k, K, LAST, ORDER, BP, BC)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def exit_blocks_kernel(
     exits,  # N tensors (B, C, H, W)
     grads,  # N tensors, or None where no gradient is wanted
     strides,  # (b, c, h, w), coded, of all exits and gradients, or of each of these 2 N
     labels,  # [B, H, W] or None
     class_weight,  # [C] of A or None
     pixel_weight,  # [B, H, W] of A or None
-    grad_losses,  # [T + 1, N], or [T + 1, N, B, H, W] without partials, or None: `weights` take its place
-    weights,  # 2 (T + 1) N numbers, see _enter
-    norms,  # [2] float64: what label and soft losses are multiplied with
+    gains,  # [T + 1, N] of A, see norms_kernel; [T + 1, N, B, H, W] without partials; None without gradients
     losses,  # [T + 1, N, B, H, W] of A, without partials
     partials,  # [T + 1, N, programs] of A, or None
     C: tl.int32,
@@ -290,11 +635,10 @@ def exit_loss_kernel(
     smooth = smoothing / C
 
     # Phase 2, the losses. Also what their gradients need, each with all that multiplies it: q1 and q2, the sums of the
-    # targets of either softmax; hots, smooths, gains: what multiplies the label, the class weights, teachers' rows.
-    label_norm, soft_norm = tl.load(norms).to(A), tl.load(norms + 1).to(A)
+    # targets of either softmax; hots, smooths, taught: what multiplies the label, the class weights, teachers' rows.
     nothing = tl.full([BP], 0.0, A)
     q1, q2, hots, smooths = (), (), (), ()
-    g, gains, said, said_log = (), (), (), ()  # [N, T]
+    g, taught, said, said_log = (), (), (), ()  # [N, T]
     for i in tl.static_range(N):
         q1_i, q2_i = nothing, nothing
         if labels is not None:
@@ -303,10 +647,7 @@ def exit_loss_kernel(
             loss = hot * (log_1[i] - y_k)
             if SMOOTH:
                 loss += smooth * (class_weights * log_1[i] - smooth_dot[i])
-            g_i = _enter(
-                loss, label_weight, label_norm, i, grad_losses, weights, losses, partials, j, inside, pixels, programs,
-                program, GRADIENT,
-            )  # fmt: skip
+            g_i = _enter(loss, label_weight, i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT)
             if GRADIENT:
                 hots += (g_i * hot,)
                 smooths += (g_i * smooth,)
@@ -317,7 +658,7 @@ def exit_loss_kernel(
             if i == TEACHERS[r]:  # nobody teaches itself
                 _enter_nothing((r + 1) * N + i, losses, partials, j, inside, pixels, programs, program, A)
                 g += (nothing,)
-                gains += (nothing,)
+                taught += (nothing,)
                 said += (nothing,)
                 said_log += (nothing,)
             else:
@@ -331,13 +672,13 @@ def exit_loss_kernel(
                     y_t = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
                     loss = log_1[i] - y_t
                 g_r = _enter(
-                    loss, soft_weight, soft_norm, (r + 1) * N + i, grad_losses, weights, losses, partials, j, inside,
-                    pixels, programs, program, GRADIENT,
+                    loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, inside, pixels, programs, program,
+                    GRADIENT,
                 )  # fmt: skip
                 if GRADIENT:
                     g += (g_r,)
                     if SOFT:
-                        gains += (g_r * tau * factor[TEACHERS[r]],)
+                        taught += (g_r * tau * factor[TEACHERS[r]],)
                         said += (_product(g_r, d - P[TEACHERS[r]] * log_z),)
                         said_log += (g_r * log_z,)
                         if TWO:
@@ -392,7 +733,7 @@ def exit_loss_kernel(
                         grad += u[i] * f2[i][None, :]
                     for r in tl.static_range(T):
                         if i != TEACHERS[r] and SOFT:
-                            grad -= u[TEACHERS[r]] * gains[i * T + r][None, :]
+                            grad -= u[TEACHERS[r]] * taught[i * T + r][None, :]
                         elif i != TEACHERS[r]:
                             grad -= tl.where(c[:, None] == arg[TEACHERS[r]][None, :], g[i * T + r][None, :], 0.0)
                     if labels is not None:
@@ -436,27 +777,59 @@ def count_kernel(
     tl.store(partials + programs + program, tl.sum(soft, 0))
 
 
+@triton.jit
+def _sum_over_programs(partials, programs, BLOCK: tl.constexpr):
+    sums = tl.full([BLOCK], 0, tl.float64)
+    for start in range(0, programs, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        sums += tl.load(partials + place, mask=place < programs, other=0.0).to(tl.float64)
+    return tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["programs", "divisor"])
+def norms_kernel(
+    counts,  # [2, programs]: parts of the divisors of label and soft means, or None: they are `divisor`
+    weights,  # 2 (T + 1) N numbers, of which two add up to a weight, or none
+    grad_losses,  # [T + 1, N] or None
+    norms,  # [2] float64: what label and soft losses are multiplied with
+    gains,  # [T + 1, N], or None: the gradient of the result with respect to the loss of a pixel of weight 1
+    programs: tl.int64,
+    divisor: tl.float64,
+    N: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Phase 0: norms are 1 over the divisors, 0 where these are 0; gains are weights or grad_losses times norms."""
+    for row in tl.static_range(2):
+        if counts is None:
+            total = tl.full([], divisor, tl.float64)
+        else:
+            total = _sum_over_programs(counts + row * programs, programs, BLOCK)
+        norm = tl.where(total == 0, 0.0, 1.0 / total)
+        tl.store(norms + row, norm)
+        if gains is not None:
+            for entry in tl.static_range(0 if row == 0 else N, N if row == 0 else ENTRIES):
+                if grad_losses is None:
+                    gain = tl.full([], weights[2 * entry], tl.float64) + tl.full([], weights[2 * entry + 1], tl.float64)
+                else:
+                    gain = tl.load(grad_losses + entry).to(tl.float64)
+                tl.store(gains + entry, (gain * norm).to(gains.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["programs", "N"])
 def finish_kernel(
     partials,  # [entries, programs]
-    norms,  # [2] float64 or None
-    out,  # [entries]
+    norms,  # [2] float64
+    losses,  # [entries]
     programs: tl.int64,
     N: tl.int32,  # the first N entries are label losses
     BLOCK: tl.constexpr,
 ):
-    """The sum of each entry over programs: times its norm (phase 3), or 1 over it, 0 where it is 0 (phase 0)."""
+    """Phase 3: the sum of each entry over programs, times its norm."""
     entry = tl.program_id(0)
-    sums = tl.full([BLOCK], 0, tl.float64)
-    for start in range(0, programs, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        sums += tl.load(partials + entry * programs + place, mask=place < programs, other=0.0).to(tl.float64)
-    result = tl.sum(sums, 0)
-    if norms is None:
-        result = tl.where(result == 0, 0.0, 1.0 / result)
-    else:
-        result *= tl.load(norms + (entry >= N).to(tl.int32))
-    tl.store(out + entry, result.to(out.dtype.element_ty))
+    result = _sum_over_programs(partials + entry * programs, programs, BLOCK)
+    result *= tl.load(norms + (entry >= N).to(tl.int32))
+    tl.store(losses + entry, result.to(losses.dtype.element_ty))
 
 
 @triton.jit
