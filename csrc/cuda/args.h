@@ -24,7 +24,9 @@ struct SharedLayout {
   int32_t gains;     // [N, T + 1], of the whole block
   int32_t ratios;    // [N], likewise: an exit's gain of the label loss by that of its first teacher's
   int32_t exchange;  // [2, P, threads], where several threads share a pixel
-  int32_t staged;    // [threads, C] of the storage type, Layout::staged
+  int32_t staged;    // [threads, staged_row] of the storage type, Layout::staged
+  int32_t staged_row;
+  uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
   int32_t total;
 };
 
@@ -69,20 +71,20 @@ static_assert(sizeof(Args<double>) <= 4096, "all that a kernel is given");
 // How the threads of a block share pixels and channels.
 enum class Layout {
   planes,  // neighbouring threads on neighbouring pixels, channels `groups` apart; any strides
-  staged,  // channels_last, few channels: a thread a pixel; a warp's rows go through shared memory
+  staged,  // channels_last, few channels: a thread one or two pixels; a warp's rows go through shared memory
   lanes,   // channels_last: the channels of a pixel across some lanes of a warp
 };
 
 // For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is, also 20 and 22, for 19 and 21.
 constexpr bool has_fine_steps(Layout layout, int V, bool plain) {
-  return plain && (layout == Layout::staged || (layout == Layout::planes && V == 2));
+  return plain && layout != Layout::lanes && V == 2;
 }
 // The largest number of channels below K for which there is a kernel.
 constexpr int next_fewer(int K, bool fine_steps) {
   return !fine_steps || K <= 16 || K > 24 ? K - 8 : K == 20 ? 16 : K - 2;
 }
 
-// The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels in planes, channels in lanes.
+// The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels except in lanes: channels.
 // kWhole: they are all the thread has to do with, and stay in registers; else it takes one block of channels after the
 // other, and every pass reads them again.
 // kPlain: none of what is rarely asked for, or costs much where it is: argmax, label smoothing, maps instead of sums,
@@ -105,7 +107,7 @@ struct Shape {
   static constexpr int kMinBlocks = kMaxThreads > 128      ? 1
                                     : !whole || K * V > 24 ? 3
                                     : K * V <= 8           ? 6
-                                    : K * V <= 16          ? 5
+                                    : K * V <= 16          ? (layout == Layout::staged && V == 2 ? 4 : 5)
                                                            : 4;
 };
 
@@ -125,7 +127,16 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
   at.gains = take((a.T + 1) * a.N);
   at.ratios = take(a.N);
   at.exchange = take(Shape::kLayout == Layout::planes && a.groups > 1 ? 2 * per_thread : 0);
-  at.staged = take(Shape::kLayout == Layout::staged ? (threads * a.C * storage_bytes + 15) / int(sizeof(A)) : 0);
+  if (Shape::kLayout == Layout::staged) {
+    // Where threads lie an even number of accesses apart they meet in banks. Of 16 bytes there is one more; otherwise
+    // two of them meet at most.
+    at.staged_row = Shape::kPixels * a.C;
+    if (at.staged_row * storage_bytes % 32 == 0) {
+      at.staged_gaps = 0xffffffffu / unsigned(at.staged_row * storage_bytes / 16) + 1;
+      at.staged_row += 16 / storage_bytes;
+    }
+    at.staged = take((threads * at.staged_row * storage_bytes + 15) / int(sizeof(A)));
+  }
   return at;
 }
 

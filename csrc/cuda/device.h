@@ -192,13 +192,20 @@ SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
   }
 }
 
-// A pointer of which the compiler does not know where from: else it makes each of p + step, p + 2 step, ... anew.
+// x, of which the compiler does not know where from. Of a pointer it would else make each of p + step, p + 2 step, ...
+// anew; and what it computed from a number it would keep for the next time.
 template <class T>
-SELFREG_DEVICE T* opaque(T* p) {
+SELFREG_DEVICE T* opaque(T* x) {
 #ifdef __CUDA_ARCH__
-  asm("" : "+l"(p));
+  asm("" : "+l"(x));
 #endif
-  return p;
+  return x;
+}
+SELFREG_DEVICE float opaque(float x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
 }
 
 // An address in shared memory that the compiler keeps in a register: by itself it derives it anew for every use.

@@ -253,13 +253,110 @@ struct Worker {
 
   // ---- reading and writing ----
 
-  // Room for the rows of this warp's 32 pixels.
-  SELFREG_DEVICE S* staged_rows() const { return reinterpret_cast<S*>(shared + a.at.staged) + thread() / 32 * 32 * C; }
+  // Room for the rows of this warp's pixels, and for those of this thread's.
+  SELFREG_DEVICE S* staged_rows() const {
+    return reinterpret_cast<S*>(shared + a.at.staged) + thread() / 32 * 32 * a.at.staged_row;
+  }
+  SELFREG_DEVICE S* staged_row() const { return staged_rows() + threadIdx.x % 32 * a.at.staged_row; }
+
+  // Numbers lying side by side in a staged row, in one access.
+  template <int n>
+  SELFREG_DEVICE static void get_staged(const S* from, A (&to)[n]) {
+    unpack<S, n>(*reinterpret_cast<const typename Word<sizeof(S) * n>::type*>(from), to);
+  }
+  template <int n>
+  SELFREG_DEVICE static void put_staged(S* to, const A (&from)[n]) {
+    *reinterpret_cast<typename Word<sizeof(S) * n>::type*>(to) = pack<S, n>(from);
+  }
+  // f(std::integral_constant of how many numbers an access to a row takes): as many as divide it.
+  template <int n = 16 / sizeof(S), class F>
+  SELFREG_DEVICE void with_staged_access(F f) const {
+    if constexpr (n == 1) {
+      f(std::integral_constant<int, 1>());
+    } else if constexpr (I % n == 0) {
+      if (C % n == 0) {
+        f(std::integral_constant<int, n>());
+      } else {
+        with_staged_access<n / 2>(f);
+      }
+    } else {
+      with_staged_access<n / 2>(f);
+    }
+  }
+  // Two rows of an odd number of channels are read and written in pairs that both share in the middle, which are an odd
+  // number: threads meet in no bank. The second row's pairs begin with the first one's last number.
+  SELFREG_DEVICE bool staged_pairs() const { return P == 2 && C % 2 == 1; }
+
+  SELFREG_DEVICE void read_staged(A (&to)[I][V]) const {
+    const S* const row = staged_row();
+#pragma unroll
+    for (int i = 0; i < I; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
+    if (staged_pairs()) {
+#pragma unroll
+      for (int i = 0; i < I; i += 2) {
+        if (!exists(i)) continue;
+        A x[2];
+        get_staged(row + i, x);
+        to[i][0] = x[0];
+        if (exists(i + 1)) to[i + 1][0] = x[1];
+        get_staged(row + C - 1 + i, x);
+        if (i > 0) to[i - 1][V - 1] = x[0];
+        to[i][V - 1] = x[1];
+      }
+    } else {
+      with_staged_access([&](auto numbers) {
+        constexpr int n = decltype(numbers)::value;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+#pragma unroll
+          for (int i = 0; i < I; i += n) {
+            if (!exists(i)) continue;
+            A x[n];
+            get_staged(row + v * C + i, x);
+#pragma unroll
+            for (int k = 0; k < n; ++k) to[i + k][v] = x[k];
+          }
+        }
+      });
+    }
+    __syncwarp();
+  }
+  SELFREG_DEVICE void write_staged() const {
+    S* const row = staged_row();
+    if (staged_pairs()) {
+#pragma unroll
+      for (int i = 0; i < I; i += 2) {
+        if (!exists(i)) continue;
+        put_staged<2>(row + i, {z[i][0], exists(i + 1) ? z[i + 1][0] : z[0][V - 1]});
+        if (i > 0) put_staged<2>(row + C - 1 + i, {z[i - 1][V - 1], z[i][V - 1]});
+      }
+    } else {
+      with_staged_access([&](auto numbers) {
+        constexpr int n = decltype(numbers)::value;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+#pragma unroll
+          for (int i = 0; i < I; i += n) {
+            if (!exists(i)) continue;
+            A x[n];
+#pragma unroll
+            for (int k = 0; k < n; ++k) x[k] = z[i + k][v];
+            put_staged(row + v * C + i, x);
+          }
+        }
+      });
+    }
+    __syncwarp();
+  }
 
   // One number of the exit that lies at `from`.
   SELFREG_DEVICE A number(const S* from, const PixelView& view, int p, int c) const {
     from += Offset(c) * Offset(view.channel);
-    return to_number(__ldg(kLayout == Layout::lanes ? from : from + p));  // V pixels lie side by side
+    if (kLayout == Layout::planes) from += p;  // V pixels lie side by side, or one row after the other
+    if (kLayout == Layout::staged) from += p * C;
+    return to_number(__ldg(from));
   }
 
   // Logits of exit e, which lies at `from`, from channel c0 on, and raises `peak` to the largest; `again`: they will be
@@ -269,12 +366,8 @@ struct Worker {
     constexpr bool kPairs = kLayout == Layout::planes && sizeof(S) == 2 && V % 2 == 0;
     [[maybe_unused]] unsigned top[(V + 1) / 2];
     if constexpr (kLayout == Layout::staged) {
-      S* const rows = staged_rows();
-      copy_rows(static_cast<const S*>(a.exits[e].data), rows, again);
-      const S* const row = rows + threadIdx.x % 32 * C;
-#pragma unroll
-      for (int i = 0; i < I; ++i) to[i][0] = exists(i) ? to_number(row[i]) : kLowest<A>;
-      __syncwarp();
+      copy_rows<true>(static_cast<S*>(a.exits[e].data), again);
+      read_staged(to);
     } else {
       const PixelView& view = a.exits[e];
       const Offset step = Offset(stride()) * Offset(view.channel);
@@ -327,21 +420,41 @@ struct Worker {
     load_block(e, from, to, again, peak);
   }
 
-  // The rows of a warp's 32 pixels, one after the other in memory and in shared memory.
-  SELFREG_DEVICE void copy_rows(const S* from, S* to, bool again) const {
-    constexpr int kVector = 16 / sizeof(S);
+  // The rows of a warp's pixels, one after the other in memory, to their places in shared memory, or back. Some of a
+  // thread's words are on their way at a time.
+  template <bool load>
+  SELFREG_DEVICE void copy_rows(S* pixels, bool again) const {
+    constexpr int kVector = 16 / sizeof(S), kWords = (I * P + kVector - 1) / kVector, kAtOnce = kWords < 5 ? kWords : 3;
+    S* const rows = staged_rows();
     const int lane = threadIdx.x % 32;
-    const int64_t first = pixel - lane, left = a.pixels - first;
-    const int count = left <= 0 ? 0 : int(left < 32 ? left : 32) * C;
-    from += first * C;
-    for (int i = lane * kVector; i < count; i += 32 * kVector) {
-      if (i + kVector <= count) {
-        const uint4* const word = reinterpret_cast<const uint4*>(from + i);
-        *reinterpret_cast<uint4*>(to + i) = again ? __ldg(word) : __ldcs(word);
-      } else {
-        for (int k = i; k < count; ++k) to[k] = from[k];
+    const int64_t first = pixel - lane * P, left = a.pixels - first;
+    const int count = left <= 0 ? 0 : int(left < 32 * P ? left : 32 * P) * C, words = count / kVector;
+    pixels += first * C;
+    auto place = [&](int j) {  // with the gaps before it
+      return reinterpret_cast<uint4*>(rows) + j + int(uint64_t(unsigned(j)) * a.at.staged_gaps >> 32);
+    };
+#pragma unroll
+    for (int k0 = 0; k0 < kWords; k0 += kAtOnce) {
+      uint4 word[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int j = lane + 32 * (k0 + k);
+        const uint4* const from = reinterpret_cast<const uint4*>(pixels) + j;
+        if (j < words) word[k] = !load ? *place(j) : again ? __ldg(from) : __ldcs(from);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int j = lane + 32 * (k0 + k);
+        if (j >= words) continue;
+        if constexpr (load) {
+          *place(j) = word[k];
+        } else {
+          __stcs(reinterpret_cast<uint4*>(pixels) + j, word[k]);
+        }
       }
     }
+    // Where words do not divide what the last warp has, there are no gaps.
+    for (int i = words * kVector + lane; i < count; i += 32) (load ? rows : pixels)[i] = (load ? pixels : rows)[i];
     __syncwarp();
   }
 
@@ -349,25 +462,8 @@ struct Worker {
   SELFREG_DEVICE void store_block(int e) const {
     const PixelView& view = a.grads[e];
     if constexpr (kLayout == Layout::staged) {
-      S* const rows = staged_rows();
-      S* const row = rows + threadIdx.x % 32 * C;
-#pragma unroll
-      for (int i = 0; i < I; ++i)
-        if (exists(i)) row[i] = to_storage<S>(z[i][0]);
-      __syncwarp();
-      constexpr int kVector = 16 / sizeof(S);
-      const int lane = threadIdx.x % 32;
-      const int64_t first = pixel - lane, left = a.pixels - first;
-      const int count = left <= 0 ? 0 : int(left < 32 ? left : 32) * C;
-      S* const to = static_cast<S*>(view.data) + first * C;
-      for (int i = lane * kVector; i < count; i += 32 * kVector) {
-        if (i + kVector <= count) {
-          __stcs(reinterpret_cast<uint4*>(to + i), *reinterpret_cast<const uint4*>(rows + i));
-        } else {
-          for (int k = i; k < count; ++k) to[k] = rows[k];
-        }
-      }
-      __syncwarp();
+      write_staged();
+      copy_rows<false>(static_cast<S*>(view.data), false);
       return;
     }
     if (!inside) return;
@@ -380,6 +476,11 @@ struct Worker {
 
   SELFREG_DEVICE void subtract_maximum(A (&from)[I][V], const A (&peak)[P]) const {
     each([&](int i, int v) { from[i][v] = exists(i) ? from[i][v] - peak[pixel_of(v)] : kNoChannel; });
+  }
+
+  // So that the compiler keeps no second row of registers in kernels that have none to spare.
+  SELFREG_DEVICE void forget_exponentials() {
+    if constexpr (kWhole && !kPlain) each([&](int i, int v) { z[i][v] = opaque(z[i][v]); });
   }
 
   // The maximum over channels of exit e; where kWhole, z becomes its logits less the maximum.
@@ -462,6 +563,7 @@ struct Worker {
     });
     sum_across_groups(u);
     if (two) sum_across_groups(Z);
+    forget_exponentials();
     A factor[P], log_factor[P], sum[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -478,7 +580,10 @@ struct Worker {
       for (int j = 0; j < I * V; j += kTargetVector) {
         A q[kTargetVector];
 #pragma unroll
-        for (int k = 0; k < kTargetVector; ++k) q[k] = row[(j + k) / V][(j + k) % V] * factor[pixel_of((j + k) % V)];
+        for (int k = 0; k < kTargetVector; ++k) {
+          const int i = (j + k) / V, v = (j + k) % V;
+          q[k] = (kPlain ? row[i][v] : exp2_of(z[i][v], a.rate_tau)) * factor[pixel_of(v)];
+        }
         store_shared(target(r) + j, q);
       }
     }
@@ -553,7 +658,7 @@ struct Worker {
     const bool with_gradient = a.grads[e].data && (teacher_learns() && self >= 0) == as_teacher;
 
     // Sums of exponentials. All losses share exp(y), or exp(y / tau); only label losses beside renormalised ones need
-    // both. What is exp(y) of a whole row stays.
+    // both. Plain kernels have the registers to keep them, others compute them again.
     const bool both = two_rates();
     A u[I][V], Z[P] = {}, soft_Z[P] = {}, smooth_dot[P] = {};
     over_blocks(e, [&] {
@@ -610,6 +715,7 @@ struct Worker {
       for (int p = 0; p < P; ++p) soft_q[p] += k[p] * sum[p];
     }
     if (!with_gradient) return;
+    forget_exponentials();
 
     // gradient_c = exp(y_c) f + exp(y_c / tau) soft_f - sum_r k_r target_rc - ...
     A f[P], soft_f[P];
@@ -622,13 +728,13 @@ struct Worker {
       soft_f[p] = both ? soft_q[p] * reciprocal(soft_Z[p]) : A(0);
     }
     over_blocks(e, [&] {
-      if (!kWhole) each([&](int i, int v) { u[i][v] = exp2_of(z[i][v], rate); });
+      auto kept = [&](int i, int v) { return kPlain ? u[i][v] : exp2_of(z[i][v], rate); };
       if (both) {
         each([&](int i, int v) {
-          z[i][v] = u[i][v] * f[pixel_of(v)] + exp2_of(z[i][v], a.rate_tau) * soft_f[pixel_of(v)];
+          z[i][v] = kept(i, v) * f[pixel_of(v)] + exp2_of(z[i][v], a.rate_tau) * soft_f[pixel_of(v)];
         });
       } else {
-        each([&](int i, int v) { z[i][v] = u[i][v] * f[pixel_of(v)]; });
+        each([&](int i, int v) { z[i][v] = kept(i, v) * f[pixel_of(v)]; });
       }
       const bool joined = subtract_targets(e);
       if (as_teacher) add_said(self, e, self_sum);
@@ -832,8 +938,8 @@ struct Worker {
     __syncthreads();
 #pragma unroll 1
     for (int e = thread(); e < a.N; e += threads()) {
-      // Pixels weigh the same for labels and teachers. 0: the exit has no teacher, or one of no gain; or there is but one
-      // channel, and the gradient is to be exactly 0.
+      // Pixels weigh the same for labels and teachers. 0: the exit has no teacher, or one of no gain; or there is one
+      // channel alone, and the gradient is to be exactly 0.
       const int r = a.T > 0 && !teaches(0, e) ? 1 : 0;
       const A ratio = r < a.T && C > 1 ? gain(0, e) / gain(r + 1, e) : A(0);
       shared[a.at.ratios + e] = ratio - ratio == 0 ? ratio : A(0);
@@ -885,7 +991,7 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
 // fewer pixels: K V numbers stay in registers.
 template <Layout layout, int V, int lanes, bool plain>
 bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channels) {
-  constexpr int most = layout != Layout::planes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
+  constexpr int most = layout == Layout::lanes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
   if constexpr (most < 32) {
     if (channels > most) return launch_whole<layout, V / 2, lanes, plain>(launch, args, block, channels);
   }
@@ -930,6 +1036,9 @@ bool launch_rows_as(const Launch<A>& launch, Args<A>& args) {
   if (launch.layout == Layout::planes) return launch_planes<plain>(launch, args);
   if (launch.layout == Layout::lanes || args.C > 32) return launch_lanes<plain>(launch, args);
   args.groups = 1;
+  if constexpr (plain && sizeof(S) == 2) {  // of float, two pixels' rows leave room for too few threads
+    if (args.pixels % 2 == 0) return launch_whole<Layout::staged, 2, 1, true>(launch, args, dim3(128), args.C);
+  }
   return launch_whole<Layout::staged, 1, 1, plain>(launch, args, dim3(128), args.C);
 }
 
