@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, passes
 from .ops import Options
 
 # Whether the backward that runs was asked to retain its graph. torch's own, but not public: it may go.
@@ -24,7 +24,7 @@ def exit_loss(
     weights: tuple[float, ...],
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """`(total, losses)` of :func:`selfreg_fast.ops.exit_loss`, both differentiable with respect to the exits.
+    """`(total, losses)` of :func:`selfreg_fast.passes.exit_loss`, both differentiable with respect to the exits.
 
     With `weights`, the gradients of the total are written by the forward launch itself.
     """
@@ -88,7 +88,7 @@ class _ExitLoss(torch.autograd.Function):
         # In float16 a gradient already divided by the number of pixels underflows before a loss scaler multiplies it:
         # there the backward recomputes, with the scaled gradient.
         now = wanted if weights and exits[0].dtype != torch.float16 else ()
-        total, losses, grads = ops.exit_loss(
+        total, losses, grads = passes.exit_loss(
             backend, exits, labels, class_weight, pixel_weight, None, weights, now, options
         )
         ctx.backend, ctx.weights, ctx.wanted, ctx.options, ctx.saved = backend, weights, wanted, options, len(grads)
@@ -113,7 +113,7 @@ class _ExitLoss(torch.autograd.Function):
                     from_total = torch.stack(parts).view(-1, len(exits))
                     grad_losses = from_total if grad_losses is None else grad_losses + from_total
                 assert grad_losses is not None
-                grads = ops.exit_loss(
+                grads = passes.exit_loss(
                     ctx.backend,
                     exits,
                     labels,
