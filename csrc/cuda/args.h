@@ -107,7 +107,7 @@ struct Shape {
   static constexpr int kMinBlocks = kMaxThreads > 128      ? 1
                                     : !whole || K * V > 24 ? 3
                                     : K * V <= 8           ? 6
-                                    : K * V <= 16          ? (layout == Layout::staged && V == 2 ? 4 : 5)
+                                    : K * V <= 16          ? (layout == Layout::staged && (V == 2 || !plain) ? 4 : 5)
                                                            : 4;
 };
 
