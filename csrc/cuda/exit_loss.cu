@@ -889,8 +889,8 @@ struct Worker {
   // ---- the block ----
 
   SELFREG_DEVICE void tile(int64_t first) {
-    begin_tile(first);
     begin_block(0);
+    begin_tile(first);
     for (int r = 0; r < a.T; ++r) {
       read(a.teachers[r], true, r == a.T - 1);
       teach(r);

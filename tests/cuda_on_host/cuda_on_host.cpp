@@ -95,6 +95,7 @@ constexpr size_t kStackBytes = 512 << 10;  // taken only where it is used
 #else
 constexpr size_t kStackBytes = 128 << 10;
 #endif
+constexpr size_t kUsualStackBytes = 8 << 10;
 #ifdef __SANITIZE_THREAD__
 constexpr int kWorkers = 2;
 #else
@@ -251,6 +252,10 @@ void Worker::RunBlock(size_t shared_bytes) {
   shared = static_cast<unsigned char*>(malloc(shared_bytes));
   memset(shared, 0xff, shared_bytes);
   for (size_t i = 0; i < count; ++i) {
+#ifndef __SANITIZE_ADDRESS__
+    // Likewise: what a kernel reads without having written it is not, by chance, what an earlier one left there.
+    memset(threads[i].stack + kStackBytes - kUsualStackBytes, 0xff, kUsualStackBytes);
+#endif
     Prepare(&threads[i].context, threads[i].stack, kStackBytes, RunThread);
     threads[i].state = State::kReady;
   }
