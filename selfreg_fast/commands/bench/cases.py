@@ -1,0 +1,209 @@
+"""What is measured: shapes from the field by name, and the suites made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+FUSED, TRITON, FUSED_SR_L = "fused", "fused, Triton", "fused SR-L"
+WRITTEN, REFERENCE, TUNED = "as written", "reference", "tuned"
+REFERENCE_COMPILED, TUNED_COMPILED = "reference, compiled", "tuned, compiled"
+LIGER = "Liger KL"
+
+PAIR = (FUSED, TUNED)
+EAGER = (FUSED, TRITON, WRITTEN, REFERENCE, TUNED)
+ALL = (*EAGER, REFERENCE_COMPILED, TUNED_COMPILED, LIGER)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# (B, C, H, W) in training as it is published: Pascal VOC at two crop sizes, Cityscapes at half and full size, ADE20K,
+# Pascal Context, and a backbone's features at stride 4 of a 321 crop.
+SHAPES = {
+    "voc-321": (8, 21, 321, 321),
+    "voc-512": (8, 21, 512, 512),
+    "cityscapes": (4, 19, 512, 1024),
+    "cityscapes-full": (2, 19, 1024, 2048),
+    "ade-512": (8, 150, 512, 512),
+    "context": (8, 59, 480, 480),
+    "features": (8, 256, 81, 81),
+}
+# On a CPU the slow peers would take minutes a step: 1 image, or as many as given here.
+CPU_BATCH = {"voc-321": 2}
+
+
+class Case(NamedTuple):
+    """What is computed, on what, and by whom. A list from JSON makes the same case."""
+
+    name: str
+    terms: str  # "mea", "sr-f", "sr-l", or "objective" for MEA + SR-F + SR-L
+    exits: int
+    shape: tuple[int, int, int, int]  # (B, C, h, w) of each exit
+    size: tuple[int, int] | None = None  # (H, W) to which they are resized
+    peers: tuple[str, ...] = EAGER
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    temperature: float = 2.0
+    axis: str = ""  # what a case of the suite `scaling` varies: a key of `position`
+
+    @property
+    def learners(self) -> range:
+        """The exits that get a gradient: all but a teacher that learns from nobody."""
+        return range(self.terms == "sr-f", self.exits - (self.terms == "sr-l"))
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """(H, W) of the losses."""
+        return self.size or self.shape[2:]
+
+    @property
+    def labelled(self) -> bool:
+        return self.terms in ("mea", "objective")
+
+    @property
+    def half(self) -> bool:
+        """Halves are what a network yields under autocast, and there the loss is computed too."""
+        return self.dtype in ("bfloat16", "float16")
+
+    @property
+    def output_elements(self) -> int:
+        """Of an exit at output size."""
+        return math.prod(self.shape[:2]) * math.prod(self.output)
+
+    @property
+    def exit_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        return len(self.learners) * self.exit_bytes
+
+    @property
+    def label_bytes(self) -> int:
+        return 8 * self.shape[0] * math.prod(self.output) * self.labelled
+
+    @property
+    def bytes_to_move(self) -> int:
+        """Each exit read once, each wanted gradient written once, the labels read once."""
+        return self.exits * self.exit_bytes + self.gradient_bytes + self.label_bytes
+
+    @property
+    def exponentials(self) -> int:
+        """At least one for each exit, channel and output pixel."""
+        return self.exits * self.output_elements
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Where the case lies on each axis of the suite `scaling`."""
+        batch, channels, height, width = self.shape
+        return {
+            "pixels": height * width,
+            "channels": channels,
+            "exits": self.exits,
+            "batch": batch,
+            "output": math.prod(self.output),
+        }
+
+
+def suites(device: str) -> dict[str, list[Case]]:
+    """The suites for a "cpu" or for "cuda", in each the important cases first."""
+    found = {
+        "loss": _loss(device),
+        "interpolate": _interpolate(device),
+        "scaling": _scaling(device),
+        "quick": _quick(),
+        "acceptance": _acceptance(),
+    }
+    if device == "cuda":
+        return found
+
+    def without_triton(case: Case) -> Case:
+        return case._replace(peers=tuple(peer for peer in case.peers if peer != TRITON))
+
+    return {name: [without_triton(case) for case in cases] for name, cases in found.items()}
+
+
+def named(name: str, device: str) -> Case:
+    """The case of that name, where there are several dtypes or layouts the float32, contiguous one. KeyError: none."""
+    return {case.name: case for cases in suites(device).values() for case in reversed(cases)}[name]
+
+
+def _shape(name: str, device: str) -> tuple[int, int, int, int]:
+    batch, channels, height, width = SHAPES[name]
+    return (CPU_BATCH.get(name, 1) if device == "cpu" else batch), channels, height, width
+
+
+def _loss(device: str) -> list[Case]:
+    """Exits of the output's size: memory is the limit."""
+
+    def case(terms: str, exits: int, shape: str, peers: tuple[str, ...] = EAGER) -> Case:
+        return Case(f"{terms}-{shape}", terms, exits, _shape(shape, device), peers=peers)
+
+    main = case("objective", 5, "voc-321", ALL)
+    cityscapes, features, ade = (
+        case("objective", 3, "cityscapes"),
+        case("sr-f", 4, "features"),
+        case("sr-l", 2, "ade-512", ALL),
+    )
+    found = [main, case("sr-l", 5, "voc-321", ALL), case("mea", 5, "voc-321", ALL), ade, cityscapes, features]
+    found += [case("objective", 4, "context"), case("objective", 2, "voc-512"), case("objective", 2, "cityscapes-full")]
+    found += [main._replace(dtype=dtype, peers=EAGER) for dtype in ("bfloat16", "float16")]
+    found += [main._replace(dtype=d, layout="channels_last", peers=EAGER) for d in ("float32", "bfloat16")]
+    if device == "cuda":
+        found.append(main._replace(dtype="float16", layout="channels_last", peers=EAGER))
+        kinds = [("bfloat16", "contiguous"), ("float32", "channels_last"), ("bfloat16", "channels_last")]
+        found += [
+            c._replace(dtype=d, layout=layout, peers=EAGER) for c in (cityscapes, features, ade) for d, layout in kinds
+        ]
+    return [*found, main._replace(name="objective-voc-321-tau1", temperature=1.0, peers=EAGER)]
+
+
+def _interpolate(device: str) -> list[Case]:
+    """Exits of an eighth, or a quarter, of the output's height and width: exponentials are the limit."""
+
+    def case(terms: str, exits: int, shape: str, own: tuple[int, int], peers: tuple[str, ...] = EAGER) -> Case:
+        batch, channels, height, width = _shape(shape, device)
+        return Case(f"{terms}-{shape}-resized", terms, exits, (batch, channels, *own), (height, width), peers)
+
+    main = case("objective", 5, "voc-321", (41, 41), ALL)
+    found = [main, case("mea", 3, "cityscapes", (64, 128), ALL), case("sr-l", 2, "ade-512", (128, 128))]
+    found += [case("objective", 3, "cityscapes", (64, 128)), case("sr-l", 4, "context", (60, 60))]
+    return [*found, main._replace(dtype="bfloat16", peers=EAGER)]
+
+
+def _scaling(device: str) -> list[Case]:
+    """One thing grows at a time, between sizes where a launch's fixed cost no longer shows."""
+    b = 1 if device == "cpu" else 8
+
+    def case(axis: str, exits: int, shape: tuple[int, int, int, int], size: tuple[int, int] | None = None) -> Case:
+        found = Case(axis, "objective", exits, shape, size, PAIR, axis=axis)
+        return found._replace(name=f"{axis}-{found.position[axis]}")
+
+    found = [case("pixels", 3, (b, 21, n, n)) for n in (192, 272, 384, 544, 768)]
+    found += [case("channels", 3, (b, c, 192, 192)) for c in (16, 32, 64, 128, 256)]
+    found += [case("exits", n, (b, 21, 321, 321)) for n in (2, 3, 4, 5, 6)]
+    found += [case("output", 3, (b, 21, 41, 41), (n, n)) for n in (121, 161, 241, 321, 481)]
+    return found + [case("batch", 3, (n * b, 21, 192, 192)) for n in (1, 2, 4, 8)]
+
+
+def _quick() -> list[Case]:
+    eager = (FUSED, TRITON, WRITTEN, TUNED)
+    return [
+        Case("quick-objective", "objective", 5, (1, 21, 321, 321), peers=(*eager, TUNED_COMPILED)),
+        Case("quick-sr-l", "sr-l", 2, (1, 150, 128, 128), peers=(*eager, LIGER)),
+        Case("quick-resized", "objective", 3, (1, 21, 41, 41), (321, 321), eager),
+    ]
+
+
+def _acceptance() -> list[Case]:
+    """What the kernels for the CPU were first asked to be good at; of the same shapes on every device."""
+    eager = (FUSED, WRITTEN, REFERENCE, TUNED, TUNED_COMPILED)
+    return [
+        Case("sr-l-voc", "sr-l", 5, (2, 21, 321, 321), peers=eager),
+        Case("sr-l-ade", "sr-l", 2, (8, 150, 128, 128), peers=eager),
+        Case("objective-voc", "objective", 5, (2, 21, 321, 321), peers=(*eager, FUSED_SR_L)),
+        Case("sr-l-cityscapes", "sr-l", 3, (2, 19, 512, 1024), peers=eager),
+        Case("resized-voc", "objective", 5, (8, 21, 41, 41), (321, 321), eager),
+        Case("resized-cityscapes", "objective", 3, (1, 19, 64, 128), (512, 1024), eager),
+    ]
