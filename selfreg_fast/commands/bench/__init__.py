@@ -7,6 +7,7 @@ import contextlib
 import csv
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from .profile import profile
 from .trial import COLUMNS, Record, describe, measure, say, steps
 
 SETTING = "commit date version torch triton cuda python device threads repeats".split()
+# On a CPU some cases differ from those on a GPU, in shape though not in name.
 NAMES = list(dict.fromkeys(case.name for device in ("cpu", "cuda") for s in suites(device).values() for case in s))
 
 
@@ -48,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels-last", action="store_true", help="exits in the channels_last memory format")
     parser.add_argument("--repeats", type=_positive, help="rounds of measurement (default: 7, on a GPU 20)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no more cases after these")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="also write every figure to this file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.csv",
+        help="also write every figure to this file, as it comes; to a file named after the device if this is a folder",
+    )
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="write a trace of each case's fused step there, and measure nothing"
     )
@@ -73,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     console.print("{device}, {threads} threads, torch {torch}, {repeats} rounds".format(**common))
     console.print(report.EXPLANATION)
     records: list[Record] = []
-    with _writer(args.out) as write:
+    path = args.out / f"{slug(common['device'])}.csv" if args.out and args.out.is_dir() else args.out
+    with _writer(path) as write:
         for suite, case, measured in results(work, args.device, repeats, args.seconds):
             lines = [{**common, **record, "suite": suite} for record in measured]
             write(lines)
@@ -81,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
             report.print_case(console, case, measured)
     report.print_summary(console, records)
     report.print_growth(console, records)
-    if args.out:
-        console.print(f"wrote {args.out}", soft_wrap=True)
+    if path:
+        console.print(f"wrote {path}", soft_wrap=True)
     return int(any(report.is_failure(record) for record in records if record["peer"] == FUSED))
 
 
@@ -167,6 +175,11 @@ def _writer(path: Path | None) -> Iterator[Callable[[Sequence[Record]], None]]:
             file.flush()
 
         yield write
+
+
+def slug(device: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device.lower())).strip("-")
 
 
 def _triton_version() -> str | None:

@@ -59,9 +59,10 @@ def build(name: str, case: Case, device: str) -> Peer:
         return Peer(resized(as_written(case.terms, case.temperature), case.size))
     if name in (TUNED, TUNED_COMPILED) and case.terms == "mea":
         raise CannotRun(f"for MEA it is {WRITTEN!r}: F.interpolate and F.cross_entropy")
-    eager = ours(reference, case) if name in (REFERENCE, REFERENCE_COMPILED) else tuned(case.terms, case.temperature)
-    if name in (TUNED, TUNED_COMPILED):
-        eager = resized(eager, case.size)
+    if name in (REFERENCE, REFERENCE_COMPILED):
+        eager = ours(reference, case._replace(size=case.output))  # given, since torch.compile cannot find it
+    else:
+        eager = resized(tuned(case.terms, case.temperature), case.size)
     return Peer(torch.compile(eager, fullgraph=True, dynamic=False) if "compiled" in name else eager)
 
 
