@@ -99,7 +99,12 @@ def _memory(rows: list[Row]) -> Any:
 
 def _limit(rows: list[Row]) -> Any:
     """How near each comes to the device's limit for the case: its copy bandwidth, or its exponentials."""
-    return _dots(rows, "percent_of_limit", "percent of what the device's limit allows", by="limit")
+    return _dots(
+        rows,
+        "percent_of_limit",
+        "percent of the device's limit in the case: its copy bandwidth, or its rate of exponentials",
+        by="limit",
+    )
 
 
 def _dots(rows: list[Row], key: str, title: str, by: str) -> Any:
@@ -110,7 +115,7 @@ def _dots(rows: list[Row], key: str, title: str, by: str) -> Any:
     compared = [c for c in cases(rows, *COMPARED) if c["fused"][key]]
     if not compared:
         return None
-    figure, axes = plt.subplots(figsize=(8.2, 1.3 + 0.27 * len(compared)))
+    figure, axes = plt.subplots(figsize=(8.2, 1.1 + 0.22 * len(compared)))
     for y, peers in enumerate(compared):
         unit = {"fused": peers["fused"][key], "gradients": peers["fused"]["gradient_bytes"], "limit": 1}[by]
         dots = [(peer, peers[peer][key] / unit) for peer in STYLES if peer in peers and peers[peer][key]]

@@ -110,32 +110,35 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, Case]]:
 def results(
     work: Sequence[tuple[str, Case]], device: str, repeats: int, seconds: float
 ) -> Iterator[tuple[str, Case, list[Record]]]:
-    """Each case as it is measured, under a progress bar; those for which no time is left with a note."""
+    """Each case as soon as it is measured; those for which no time is left with a note."""
     end = time.monotonic() + seconds
+    for number, (suite, case) in enumerate(work, 1):
+        if time.monotonic() > end:
+            yield suite, case, without_figures(case, "skipped: no time was left")
+            continue
+        with progress(f"{number}/{len(work)} {case.name}", steps(case, repeats)) as advance:
+            try:
+                measured = measure(case, device, repeats, advance)
+            except Exception as error:  # of the inputs, say
+                measured = without_figures(case, f"failed: {say(error)}")
+        torch.compiler.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        yield suite, case, measured
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, and what advances it. No thread refreshes it: that would take time from what is measured."""
     console = Console(stderr=True)
-    # No automatic refresh: its thread would take time from what is measured.
-    with Progress(console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as progress:
-        everything = progress.add_task("all", total=len(work))
-        for suite, case in work:
-            task = progress.add_task(case.name, total=steps(case, repeats))
+    with Progress(console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
 
-            def advance(task: Any = task) -> None:
-                progress.advance(task)
-                progress.refresh()
+        def advance() -> None:
+            bar.advance(task)
+            bar.refresh()
 
-            if time.monotonic() > end:
-                measured = without_figures(case, "skipped: no time was left")
-            else:
-                try:
-                    measured = measure(case, device, repeats, advance)
-                except Exception as error:  # of the inputs, say
-                    measured = without_figures(case, f"failed: {say(error)}")
-            torch.compiler.reset()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            progress.remove_task(task)
-            progress.advance(everything)
-            yield suite, case, measured
+        yield advance
 
 
 def without_figures(case: Case, note: str) -> list[Record]:

@@ -20,8 +20,6 @@ from .cases import (
     REFERENCE,
     REFERENCE_COMPILED,
     TRITON,
-    TUNED,
-    TUNED_COMPILED,
     WRITTEN,
     Case,
 )
@@ -35,7 +33,7 @@ ANOTHER_VALUE = (LIGER, FUSED_SR_L)  # peers whose loss is not the reference's: 
 
 
 class CannotRun(Exception):
-    """A peer that this machine or this case has no use for; the text says why."""
+    """A peer for which this machine lacks something; the text says what."""
 
 
 class Peer(NamedTuple):
@@ -46,7 +44,7 @@ class Peer(NamedTuple):
 
 
 def build(name: str, case: Case, device: str) -> Peer:
-    """The peer of that name. CannotRun: why there is none."""
+    """The peer of that name, one that fits the case. CannotRun: why there is none here."""
     if name == FUSED:
         return Peer(fused(case, device))
     if name == TRITON:
@@ -57,8 +55,6 @@ def build(name: str, case: Case, device: str) -> Peer:
         return liger(case, device)
     if name == WRITTEN:
         return Peer(resized(as_written(case.terms, case.temperature), case.size))
-    if name in (TUNED, TUNED_COMPILED) and case.terms == "mea":
-        raise CannotRun(f"for MEA it is {WRITTEN!r}: F.interpolate and F.cross_entropy")
     if name in (REFERENCE, REFERENCE_COMPILED):
         eager = ours(reference, case._replace(size=case.output))  # given, since torch.compile cannot find it
     else:
@@ -151,10 +147,9 @@ def resized(loss: Loss, size: tuple[int, int] | None) -> Loss:
 def liger(case: Case, device: str) -> Peer:
     """SR-L by Liger-Kernel's KL divergence, whose value has the teacher's entropy in it; the gradient is the same.
 
-    It wants rows of classes, (B H W, C): copies of NCHW exits, made in `prepare`, and a log_softmax by PyTorch.
+    It covers exits of the output's size. It wants rows of classes, (B H W, C): copies of NCHW exits, made in `prepare`,
+    and a log_softmax by PyTorch.
     """
-    if case.terms != "sr-l" or case.size:
-        raise CannotRun("its KL divergence covers SR-L of exits of the output's size only")
     if device != "cuda":
         raise CannotRun("its kernels are written in Triton, which needs a GPU")
     if find_spec("liger_kernel") is None:
