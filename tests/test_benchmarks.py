@@ -94,13 +94,14 @@ def test_peer_that_failed_everywhere_leaves_the_rest(readme: ModuleType, results
 
 
 def test_names_are_unique_and_lead_to_their_case() -> None:
-    """On both devices: one case for a name, dtype and layout, and by its name alone the float32, contiguous one."""
+    """On both devices, and the same on both: one for a name, dtype and layout, by its name alone the plainest."""
     for device in ("cpu", "cuda"):
         found = [case for suite in cases.suites(device).values() for case in suite]
         assert len({(case.name, case.dtype, case.layout) for case in found}) == len(found)
         for case in found:
             first = cases.named(case.name, device)
             assert (first.name, first.dtype, first.layout) == (case.name, "float32", "contiguous")
+    assert set(bench.NAMES) == {case.name for suite in cases.suites("cuda").values() for case in suite}
     for name in ("sr-l-voc", "sr-l-ade", "objective-voc", "resized-voc", "resized-cityscapes"):
         assert cases.named(name, "cpu").name == name
 
