@@ -197,7 +197,7 @@ def test_profile_is_written(tmp_path: Path) -> None:
     """A trace in the format of Chrome, where there are kernels to profile."""
     assert bench_main("--cases", "sr-f-features", "--device", "cpu", "--profile", str(tmp_path)) == 0
     if peers.backends()["cpu"] == "available":
-        assert "traceEvents" in (tmp_path / "sr-f-features.json").read_text()
+        assert "traceEvents" in (tmp_path / "sr-f-features-float32-contiguous.json").read_text()
 
 
 def default_device() -> str:

@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "suites",
         nargs="*",
-        choices=[*suites("cpu"), []],  # argparse asks whether the default, too, is a choice
+        type=_suite,  # not `choices`, among which argparse looks for the default, too
         metavar="SUITE",
         help=f"{', '.join(suites('cpu'))}: any of them (default: quick)",
     )
     parser.add_argument("--cases", nargs="+", choices=NAMES, metavar="CASE", help="instead: cases of any suite by name")
     parser.add_argument("--list", action="store_true", help="show all suites and their cases, and measure nothing")
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="%(default)s")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="default: %(default)s"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the exits, instead of the cases' own")
     parser.add_argument("--channels-last", action="store_true", help="exits in the channels_last memory format")
     parser.add_argument("--repeats", type=_positive, help="rounds of measurement (default: 7, on a GPU 20)")
@@ -202,6 +204,12 @@ def _commit() -> str:
             except (OSError, subprocess.CalledProcessError):
                 return ""
     return ""
+
+
+def _suite(text: str) -> str:
+    if text not in suites("cpu"):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(suites('cpu'))}, got {text}")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -21,7 +21,7 @@ NCU = (  # the main kernel, once it is warm
 
 
 def profile(case: Case, device: str, folder: Path, console: Console) -> None:
-    """Writes FOLDER/CASE.json, to be opened in https://ui.perfetto.dev, and prints what took longest."""
+    """Writes FOLDER/CASE-DTYPE-LAYOUT.json, to be opened in https://ui.perfetto.dev, and prints what took longest."""
     try:
         peer = build(FUSED, case, device)
     except CannotRun as why:
@@ -35,7 +35,7 @@ def profile(case: Case, device: str, folder: Path, console: Console) -> None:
         for _ in range(STEPS):
             trial.run()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case.name}.json"
+    path = folder / f"{case.name}-{case.dtype}-{case.layout}.json"
     profiler.export_chrome_trace(str(path))
     console.print(f"{case.name}: {STEPS} steps in {path}", soft_wrap=True)
     print(profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=8, max_name_column_width=50))
