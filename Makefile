@@ -9,7 +9,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
 
-.PHONY: demo test install lint clean
+.PHONY: demo test install lint clean bench-results bench-readme bench-compare
 
 # The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
 demo: install
@@ -19,6 +19,19 @@ demo: install
 # kernels are tested on the CPU (tests/on_host.py).
 test: install
 	$(BIN)/pytest -n auto --maxprocesses 8 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
+
+# benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some 20 minutes on two cores.
+bench-results: install
+	$(BIN)/selfreg-fast bench interpolate scaling loss --out benchmarks/results $(ARGS)
+
+# The figures, and what stands between the README's markers, from the results; nothing is measured.
+bench-readme: install
+	$(BIN)/python benchmarks/readme.py
+
+# What got slower since the last commit for which this was run here (.benchmarks/).
+bench-compare: install
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-autosave -q
+	$(BIN)/python benchmarks/compare.py
 
 install: $(STAMP)
 

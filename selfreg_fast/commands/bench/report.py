@@ -1,0 +1,189 @@
+"""What is printed: the suites, a table for each case, all cases in one, and how time and memory grow."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .cases import DTYPES, FUSED, Case
+from .trial import Record
+
+EXPLANATION = (
+    "Times: median of a training step's parts, inputs cold, gradients allocated afresh; peers take turns. GB/s: bytes "
+    "that must move, by both passes. Percent: of a copy's bytes per second, and of the exponentials per second that "
+    "this machine reached in the same rounds (one is needed for each exit, channel and output pixel, at least). "
+    "Peak: memory above the inputs. A half is computed under autocast."
+)
+FEW = 0.1  # by which growth may differ from linear
+
+
+def is_failure(record: Record) -> bool:
+    """Whether something that should have run did not, or computed something else."""
+    return str(record["note"]).startswith(("failed", "another loss"))
+
+
+def list_suites(console: Console, suites: Mapping[str, Sequence[Case]]) -> None:
+    """All suites and their cases."""
+    table = _table("suite", "case", "exits", "of", "resized to", "dtype", "layout", "peers")
+    for name, cases in suites.items():
+        for case in cases:
+            size = "x".join(map(str, case.size)) if case.size else ""
+            shape = "x".join(map(str, case.shape))
+            peers = str(len(case.peers))
+            table.add_row(name, case.name, str(case.exits), shape, size, case.dtype, case.layout, peers)
+        table.add_section()
+    console.print(table)
+
+
+def print_case(console: Console, case: Case, records: Sequence[Record]) -> None:
+    """A table with a row for each peer; below it what must move, and the notes."""
+    table = _table("", "fwd\nms", "bwd\nms", "both\nms", "20-80 %\nms", "x\nfused", "\nGB/s", "of a\ncopy", "of\nexp")
+    for heading in ("peak\nMiB", "x\ngrads"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.title = title(case)
+    table.caption = budget(case, records)
+    for record in records:
+        if record["both_ms"] is None:
+            table.add_row(record["peer"], *"---")
+            continue
+        table.add_row(
+            record["peer"],
+            *(_short(record[f"{phase}_ms"]) for phase in ("forward", "backward", "both")),
+            f"{_short(record['both_ms_p20'])}-{_short(record['both_ms_p80'])}",
+            _short(record["times_fused"], 2),
+            _short(record["gb_per_s"], 2),
+            f"{record['percent_of_copy']:.0f} %",
+            f"{record['percent_of_exp']:.0f} %",
+            "-" if record["peak_bytes"] is None else _short(record["peak_bytes"] / 2**20),
+            _short(record["peak_over_gradients"], 2),
+            style="bold" if record["peer"] == FUSED else "",
+        )
+    console.print(table)
+    for record in records:
+        if record["note"]:
+            console.print(f"  {record['peer']}: {record['note']}", style="yellow", markup=False)
+    console.print()
+
+
+def title(case: Case) -> str:
+    """What is computed, and on what."""
+    size = f", resized to {case.size}" if case.size else ""
+    return (
+        f"{case.name}: {case.terms}, {case.exits} exits {case.shape}{size}, {len(case.learners)} of them with a "
+        f"gradient; {case.dtype}{', autocast' if case.half else ''}, {case.layout}, tau {case.temperature:g}"
+    )
+
+
+def budget(case: Case, records: Sequence[Record]) -> str:
+    """The formula of the bytes and of the exponentials, with this case's numbers."""
+    shape, size = "x".join(map(str, case.shape)), DTYPES[case.dtype].itemsize
+    labels = f" + {case.label_bytes / 1e6:.1f} MB of labels" if case.labelled else ""
+    text = (
+        f"must move: ({case.exits} exits read + {len(case.learners)} gradients written) x {shape} x {size} bytes"
+        f"{labels} = {case.bytes_to_move / 1e6:.1f} MB. Exponentials: {case.output_elements / 1e6:.1f} M "
+        f"x {case.exits} exits = {case.exponentials / 1e6:.1f} M. Gradients: {case.gradient_bytes / 2**20:.1f} MiB."
+    )
+    if case.size:
+        text += f" One exit of output size: {case.output_elements * size / 2**20:.1f} MiB."
+    measured = next((r for r in records if r["copy_gb_per_s"]), None)
+    if measured:
+        text += f" The machine: {measured['copy_gb_per_s']:.1f} GB/s, {measured['exp_gexp_per_s']:.2f} Gexp/s."
+    return text
+
+
+def print_summary(console: Console, records: Sequence[Record]) -> None:
+    """One line a case: the fused loss, and the fastest and the most frugal of PyTorch's ways."""
+    table = _table(
+        "case", "dtype", "fused\nms", "fastest peer", "x\nfused", "peak\nMiB", "most frugal peer", "x\nfused"
+    )
+    table.add_column("of its\nlimit", justify="right")
+    for lines in by_case(records):
+        fused = next((r for r in lines if r["peer"] == FUSED and r["both_ms"]), None)
+        peers = [r for r in lines if not r["peer"].startswith(FUSED) and r["both_ms"]]
+        if fused is None or not peers:
+            continue
+        fast, frugal = (min(peers, key=lambda r: r[key] or math.inf) for key in ("both_ms", "peak_bytes"))
+        table.add_row(
+            fused["case"] + (", channels_last" if fused["layout"] == "channels_last" else ""),
+            fused["dtype"],
+            _short(fused["both_ms"]),
+            fast["peer"],
+            _short(fast["times_fused"], 2),
+            *(
+                (
+                    _short(fused["peak_bytes"] / 2**20),
+                    frugal["peer"],
+                    _short(frugal["peak_bytes"] / fused["peak_bytes"]),
+                )
+                if fused["peak_bytes"] and frugal["peak_bytes"]
+                else "---"
+            ),
+            f"{fused['percent_of_limit']:.0f} % {fused['limit']}",
+        )
+    if table.row_count > 1:
+        console.print(table)
+
+
+def print_growth(console: Console, records: Sequence[Record]) -> None:
+    """For each axis of the suite `scaling` the exponents with which time and memory grow."""
+    table = _table("grows", "from", "to", "peer", "time\n~ x^", "peak\n~ x^", "time")
+    for (axis, peer), growth in growths(records).items():
+        first, last, time, memory = growth
+        verdict = "linear" if abs(time - 1) <= FEW else "less than linear" if time < 1 else "more than linear"
+        table.add_row(
+            axis, str(first), str(last), peer, f"{time:.2f}", "-" if memory is None else f"{memory:.2f}", verdict
+        )
+    if table.row_count:
+        table.title = "Growth: exponents fitted to all points; 1 is linear, 0 independent"
+        console.print(table)
+
+
+def growths(records: Iterable[Record]) -> dict[tuple[str, str], tuple[int, int, float, float | None]]:
+    """(axis, peer) -> smallest and largest position, exponents of time and of peak memory."""
+    points: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record["axis"] and record["both_ms"]:
+            points.setdefault((record["axis"], record["peer"]), []).append(record)
+    found = {}
+    for key, lines in points.items():
+        at = [record["at"] for record in lines]
+        if len(set(at)) > 1:
+            peaks = [record["peak_bytes"] for record in lines]
+            memory = exponent(at, peaks) if all(peaks) else None
+            found[key] = min(at), max(at), exponent(at, [record["both_ms"] for record in lines]), memory
+    return found
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The e of the y = c x^e that fits best."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
+def by_case(records: Iterable[Record]) -> list[list[Record]]:
+    """The records of each case of each suite together."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record[k] for k in ("suite", "case", "dtype", "layout")), []).append(record)
+    return list(found.values())
+
+
+def _table(*headings: str) -> Table:
+    """One that fits into 80 columns where its content does."""
+    table = Table(
+        title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right" if "\n" in heading else "left", no_wrap=True)
+    return table
+
+
+def _short(number: float | None, decimals: int = 1) -> str:
+    """Enough digits to compare, and no more."""
+    if number is None:
+        return "-"
+    return f"{number:.{decimals if number < 100 else 0}f}" if number >= 1 else f"{number:.3g}"

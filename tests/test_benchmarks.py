@@ -1,0 +1,210 @@
+"""The benchmark program without its timing: cases, records, growth, figures, and the README made of the results."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+for extra in ("matplotlib", "rich"):
+    pytest.importorskip(extra, reason="an extra of the commands")
+bench = pytest.importorskip("selfreg_fast.commands.bench")
+from selfreg_fast.commands.bench import cases, peers, report, trial  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = cases.Case("small", "objective", 3, (1, 3, 4, 5), peers=cases.ALL)
+
+
+@pytest.fixture
+def readme(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("readme")
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("compare")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A README with markers beside results/device.csv, whose figures are made up."""
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- benchmarks: written by `make bench-readme` -->\nold\n<!-- end of benchmarks -->\nafter\n"
+    )
+    path = tmp_path / "benchmarks" / "results" / "device.csv"
+    path.parent.mkdir(parents=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*bench.SETTING, *trial.COLUMNS])
+        writer.writeheader()
+        common = {**bench.setting("cpu", 7), "device": "A device"}
+        for suite, case in (("loss", SMALL), ("interpolate", SMALL._replace(size=(8, 9), dtype="bfloat16"))):
+            writer.writerows({**common, **r, "suite": suite} for r in made_up(case))
+        for case in cases.suites("cpu")["scaling"]:
+            writer.writerows({**common, **r, "suite": "scaling"} for r in made_up(case))
+    return path
+
+
+def made_up(case: cases.Case) -> list[trial.Record]:
+    """Records whose time is linear in the exponentials; peers take 2, 3, ... times as long, the last does not run."""
+    made = []
+    for i, peer in enumerate(case.peers[:-1], 1):
+        seconds = i * case.exponentials / 1e9
+        record = trial.describe(case, peer) | trial.speeds(case, seconds, 1e10, 4e9)
+        for phase in trial.PHASES:
+            record |= trial.milliseconds(phase, [seconds, seconds, 2 * seconds])
+        made.append(record | {"times_fused": float(i), "peak_bytes": i * case.gradient_bytes, "loss": 1.0})
+    return [*made, {**trial.describe(case, case.peers[-1]), "note": "does not run: made up"}]
+
+
+def test_readme_and_figures_are_what_the_results_say(readme: ModuleType) -> None:
+    """`make bench-readme` was run after the results were last changed."""
+    assert readme.problems(ROOT) == []
+
+
+def test_readme_is_written_and_checked(readme: ModuleType, results: Path) -> None:
+    """The table and the figures follow from the CSV file alone, and whatever then differs is found."""
+    root = results.parents[2]
+    assert readme.problems(root)
+    assert readme.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert "A device" in text and "small bf16" in text and "3 of 1·3·4·5 → 8·9" in text
+    assert {p.name for p in results.parent.glob("*.png")} == {f"device-{name}.png" for name in readme.FIGURES}
+    assert readme.main(["--check"], root) == 0
+
+    results.write_text(results.read_text().replace("A device", "Another"))
+    found = readme.problems(root)
+    assert len(found) == 1 + len(readme.FIGURES) and "README.md" in found[0]
+    assert readme.main(["--check"], root) == 1
+    results.unlink()
+    assert len(readme.problems(root)) == 1 + len(readme.FIGURES)
+
+
+def test_peer_that_failed_everywhere_leaves_the_rest(readme: ModuleType, results: Path) -> None:
+    """No figures of the fused loss: an empty table, not a crash."""
+    rows = [row | {"both_ms": None} for row in readme.read(results)]
+    assert readme.table(rows).count("\n") == 1
+
+
+def test_names_are_unique_and_lead_to_their_case() -> None:
+    """On both devices, and the same on both: one for a name, dtype and layout, by its name alone the plainest."""
+    for device in ("cpu", "cuda"):
+        found = [case for suite in cases.suites(device).values() for case in suite]
+        assert len({(case.name, case.dtype, case.layout) for case in found}) == len(found)
+        for case in found:
+            first = cases.named(case.name, device)
+            assert (first.name, first.dtype, first.layout) == (case.name, "float32", "contiguous")
+    assert set(bench.NAMES) == {case.name for suite in cases.suites("cuda").values() for case in suite}
+    for name in ("sr-l-voc", "sr-l-ade", "objective-voc", "resized-voc", "resized-cityscapes"):
+        assert cases.named(name, "cpu").name == name
+
+
+def test_what_must_move() -> None:
+    """Bytes and exponentials by hand: 3 exits read, 2 gradients written, 8 bytes a label."""
+    case = cases.Case("x", "sr-l", 3, (2, 5, 4, 6), (8, 12), dtype="float16")
+    assert case.bytes_to_move == (3 + 2) * 2 * 5 * 4 * 6 * 2
+    assert case.exponentials == 3 * 2 * 5 * 8 * 12
+    assert case._replace(terms="mea").bytes_to_move == 6 * 2 * 5 * 4 * 6 * 2 + 8 * 2 * 8 * 12
+    speed = trial.speeds(case, seconds=2e-6, copied=1e9, exponentiated=1e9)
+    assert (speed["percent_of_copy"], speed["percent_of_exp"]) == (120.0, 144.0)
+    assert (speed["limit"], speed["percent_of_limit"]) == ("exp", 144.0)
+
+
+@pytest.mark.parametrize("terms", ["objective", "mea", "sr-f", "sr-l"])
+@pytest.mark.parametrize("size", [None, (7, 9)], ids=["own size", "resized"])
+def test_peers_compute_the_same(terms: str, size: tuple[int, int] | None) -> None:
+    """Every eager peer: the reference's loss, and its gradients."""
+    case = SMALL._replace(terms=terms, size=size, dtype="float64")
+    (exits,), labels = trial.make_inputs(case, "cpu", 1)
+    learners = [exits[i] for i in case.learners]
+    found = {}
+    for name in (cases.REFERENCE, cases.WRITTEN, cases.TUNED, cases.FUSED):
+        if not cases.fits(name, case, "cpu"):
+            continue
+        try:
+            value = peers.build(name, case, "cpu").loss(exits, labels)
+        except peers.CannotRun:
+            continue
+        found[name] = [value, *torch.autograd.grad(value, learners)]
+    for name, tensors in found.items():
+        torch.testing.assert_close(tensors, found[cases.REFERENCE], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_peer_that_cannot_run_says_why() -> None:
+    """A reason for each, and no failure."""
+    case = SMALL._replace(terms="sr-l")
+    for name in (cases.LIGER, cases.TRITON):
+        if not torch.cuda.is_available():
+            with pytest.raises(peers.CannotRun, match="GPU"):
+                peers.build(name, case, "cpu")
+    assert not report.is_failure({"note": "does not run: no GPU"})
+    assert report.is_failure({"note": "failed: RuntimeError: out of memory"})
+
+
+def test_growth_is_fitted() -> None:
+    """Time made up to be linear in what grows is; memory as the gradients grow, which is not at all with the output."""
+    records = [r for case in cases.suites("cpu")["scaling"] for r in made_up(case)]
+    growths = report.growths(records)
+    assert {axis for axis, _ in growths} == {"pixels", "channels", "exits", "batch", "output"}
+    for (axis, _), (first, last, time, memory) in growths.items():
+        assert first < last
+        assert time == pytest.approx(1, abs=0.02)
+        assert memory == pytest.approx(float(axis != "output"), abs=0.02)
+
+
+def test_what_got_slower(compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the last record of another commit on this machine, whatever lies between; beyond the spread of both."""
+
+    def record(number: int, commit: str, dirty: bool, node: str = "here", **ratios: float) -> None:
+        benchmarks = [
+            {"name": n, "extra_info": {"peer": "tuned", "ratio": r, "ratio_p20": 0.9 * r, "ratio_p80": 1.1 * r}}
+            for n, r in ratios.items()
+        ]
+        info = {"commit_info": {"id": commit, "dirty": dirty}, "machine_info": {"node": node}}
+        path = tmp_path / "Linux" / f"{number:04}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**info, "datetime": f"2026-01-01T00:00:{number:02}", "benchmarks": benchmarks}))
+
+    assert compare.main(tmp_path) == 0  # nothing was ever recorded
+    record(1, "old", False, a=0.1, b=0.1, c=0.1)
+    assert compare.main(tmp_path) == 0
+    record(2, "new", False, "elsewhere", a=0.01, b=0.01, c=0.01)
+    record(3, "new", True, a=0.9, b=0.9, c=0.9)
+    record(4, "new", True, a=0.2, b=0.112, c=0.05)
+    capsys.readouterr()
+    assert compare.main(tmp_path) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "tuned" in line]
+    assert ["SLOWER" in line for line in lines] == [True, False, False]
+
+
+def test_no_time_left_is_said(tmp_path: Path) -> None:
+    """Every peer of every case has its line all the same."""
+    assert bench_main("--seconds", "0", "--out", str(tmp_path / "x.csv")) == 0
+    with (tmp_path / "x.csv").open(newline="") as file:
+        notes = [line["note"] for line in csv.DictReader(file)]
+    assert len(notes) == sum(len(c.peers) for c in cases.suites(default_device())["quick"])
+    assert set(notes) == {"skipped: no time was left"}
+
+
+def test_profile_is_written(tmp_path: Path) -> None:
+    """A trace in the format of Chrome, where there are kernels to profile."""
+    assert bench_main("--cases", "sr-f-features", "--device", "cpu", "--profile", str(tmp_path)) == 0
+    if peers.backends()["cpu"] == "available":
+        assert "traceEvents" in (tmp_path / "sr-f-features-float32-contiguous.json").read_text()
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def bench_main(*arguments: str) -> int:
+    from selfreg_fast.__main__ import main
+
+    return main(["bench", *arguments])
