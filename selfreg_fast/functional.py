@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import autograd, reference
 from .backends import choose
-from .ops import RESIZING, Options
+from .ops import Options, resizes
 from .reference import SelfRegulationOutput, loss_dtype
 
 __all__ = [
@@ -552,10 +552,10 @@ def _losses(
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{argument}: the fused losses have no gradient for it; pass {argument}.detach()")
 
-    if first.dim() == 4 and chosen not in RESIZING:
+    if first.dim() == 4:
         exits = [
             z
-            if z.shape[2:] == spatial
+            if z.shape[2:] == spatial or resizes(chosen, z.shape[2:], spatial)
             else F.interpolate(z, size=spatial, mode="bilinear", align_corners=align_corners)
             for z in exits
         ]

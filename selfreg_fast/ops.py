@@ -25,10 +25,17 @@ OPERATORS = {
     "cuda": "exit_loss_cuda_on_host" if CUDA_ON_HOST else "exit_loss",
     "triton": "exit_loss_triton",
 }
-RESIZING = ("cpu",)  # backends whose kernels interpolate
 MOST_EXITS = {"cuda": 16}  # of one launch: kMaxCudaExits; more take passes.py
 TARGETS = {"raw": 0, "renormalized": 1, "argmax": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def resizes(backend: str, exit_size: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether the backend's kernels interpolate from `exit_size` to `size`; else the exit is resized beforehand.
+
+    On a GPU, exits larger than the output are left to `F.interpolate`: what it makes of them is no larger than they.
+    """
+    return backend == "cpu" or (backend == "cuda" and exit_size[0] <= size[0] and exit_size[1] <= size[1])
 
 
 class Options(NamedTuple):
@@ -61,8 +68,8 @@ def exit_loss(
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        exits: N tensors (B, C, h, w), any strides; a backend in `RESIZING` resizes those whose (h, w) is not (H, W) =
-            `options.size`, for the others there must be none.
+        exits: N tensors (B, C, h, w), any strides, of the size (H, W) = `options.size` or of one that :func:`resizes`
+            allows.
         labels: (B, H, W) uint8, int32 or int64.
         class_weight: (C,) in the losses' dtype.
         pixel_weight: (B, H, W) in the losses' dtype.

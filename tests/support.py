@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selfreg_fast.ops import RESIZING
+from selfreg_fast.ops import resizes
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "cropped", "cropped_channels_last", "expanded")
 
@@ -26,10 +26,9 @@ class Backend(NamedTuple):
     def fused(self) -> bool:
         return self.name != "reference"
 
-    @property
-    def resizes(self) -> bool:
+    def resizes(self, sizes: Iterable[Sequence[int]], size: Sequence[int]) -> bool:
         """Whether its kernels interpolate, in float32 or float64; else exits are resized beforehand in their dtype."""
-        return self.name in RESIZING
+        return all(tuple(s) == tuple(size) or resizes(self.name, s, size) for s in sizes)
 
     @property
     def interpreted(self) -> bool:

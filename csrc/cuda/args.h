@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda_launch.h"
+#include "resize.h"
 
 namespace selfreg {
 
@@ -17,18 +18,37 @@ struct PixelView {
 
 // Where a block keeps what in shared memory, counted in numbers of A. What has a dimension of threads is theirs alone.
 struct SharedLayout {
-  int32_t targets;   // [T, threads, kTargetRow]
-  int32_t scalars;   // [T, 3, threads, P]
-  int32_t said;      // [N, 2, P, threads], where teachers learn
-  int32_t sums;      // [N, T + 1, threads]
-  int32_t gains;     // [N, T + 1], of the whole block
-  int32_t ratios;    // [N], likewise: an exit's gain of the label loss by that of its first teacher's
-  int32_t exchange;  // [2, P, threads], where several threads share a pixel
-  int32_t staged;    // [threads, staged_row] of the storage type, Layout::staged
+  int32_t targets;    // [T, threads, kTargetRow]
+  int32_t scalars;    // [T, kScalars, threads, P]
+  int32_t said;       // [N, 2, P, threads], where teachers learn
+  int32_t sums;       // [N, T + 1, threads]
+  int32_t gains;      // [N, T + 1], of the whole block
+  int32_t ratios;     // [N], likewise: an exit's gain of the label loss by that of its first teacher's
+  int32_t exchange;   // [2, P, threads], where several threads share a pixel
+  int32_t staged;     // [threads, staged_row] of the storage type, Layout::staged
   int32_t staged_row;
   uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
+  int32_t places;     // [N] Place, of the whole block, Layout::resized
+  int32_t columns;    // [N] of column_numbers(), likewise
+  int32_t scattered;  // [kScattered groups, pixel threads + 1, P], likewise
   int32_t total;
 };
+
+// What of a resized exit lies under a block's band, and under the tile at hand; in shared memory.
+template <class A, int P>
+struct Place {
+  A* copy;                       // the band's own copy of the gradient, or null
+  int32_t copy_columns;          // its row, in columns
+  int32_t row, column, columns;  // the exit's first row, its columns
+  int32_t low[P], fresh;         // of each row of the tile; the first of the exit that no tile of the band has added to
+  A weight[P];                   // of the row below
+};
+// Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns], then
+// where the columns of each of the exit's begin, [columns + 3], both of uint16_t.
+template <class A>
+SELFREG_RESIZE constexpr int column_numbers(int columns) {
+  return columns + ((2 * columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
+}
 
 template <class A>
 struct Args {
@@ -40,6 +60,9 @@ struct Args {
   int64_t pixels, size[3];  // pixels = size[0] * size[1] * size[2], the dimensions of `step`
   int32_t dims;             // how many of them are not 1; those come last
   bool alike;               // all exits and gradients have the same steps
+  bool align_corners;
+  int2 from[kMaxExits];  // Layout::resized: the sizes (h, w) of exits that are resized; 0 of the others
+  Cut cut;               // likewise; `grads` of resized exits are then their private copies
 
   const void* labels;  // [pixels], or null
   LabelType label_type;
@@ -48,9 +71,9 @@ struct Args {
   const A* grad_losses;   // [T + 1, N], or [T + 1, N, pixels] with Reduction::none, or null
   Target target;
   Reduction reduction;
-  A tau, rate_tau;          // temperature, log2(e) / temperature
+  A tau, rate_tau;           // temperature, log2(e) / temperature
   A log_z_scale, dot_scale;  // of soft losses, as pixel_math.h has them; 1 and 1 for argmax
-  A hot_weight, smoothing;  // what label smoothing leaves at the label, and gives to every class
+  A hot_weight, smoothing;   // what label smoothing leaves at the label, and gives to every class
   int64_t ignore_index;
   bool mask_soft, teacher_learns;
 
@@ -70,9 +93,10 @@ static_assert(sizeof(Args<double>) <= 4096, "all that a kernel is given");
 
 // How the threads of a block share pixels and channels.
 enum class Layout {
-  planes,  // neighbouring threads on neighbouring pixels, channels `groups` apart; any strides
-  staged,  // channels_last, few channels: a thread one or two pixels; a warp's rows go through shared memory
-  lanes,   // channels_last: the channels of a pixel across some lanes of a warp
+  planes,   // neighbouring threads on neighbouring pixels, channels `groups` apart; any strides
+  staged,   // channels_last, few channels: a thread one or two pixels; a warp's rows go through shared memory
+  lanes,    // channels_last: the channels of a pixel across some lanes of a warp
+  resized,  // as planes, but a thread's pixels lie below each other, and some exits are of another size
 };
 
 // For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is, also 20 and 22, for 19 and 21.
@@ -85,6 +109,7 @@ constexpr int next_fewer(int K, bool fine_steps) {
 }
 
 // The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels except in lanes: channels.
+// resized: of one pixel each, V of them.
 // kWhole: they are all the thread has to do with, and stay in registers; else it takes one block of channels after the
 // other, and every pass reads them again.
 // kPlain: none of what is rarely asked for, or costs much where it is: argmax, label smoothing, maps instead of sums,
@@ -103,12 +128,18 @@ struct Shape {
   static constexpr int kTargetVector = kAccesses * V % 4 == 0 ? 4 : 2;
   static constexpr int kTargetRow = (kAccesses * V / kTargetVector | 1) * kTargetVector;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
-  static constexpr int kMaxThreads = layout != Layout::planes || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
-  static constexpr int kMinBlocks = kMaxThreads > 128      ? 1
-                                    : !whole || K * V > 24 ? 3
-                                    : K * V <= 8           ? 6
-                                    : K * V <= 16          ? (layout == Layout::staged && (V == 2 || !plain) ? 4 : 5)
-                                                           : 4;
+  static constexpr bool kSpread = layout == Layout::planes || layout == Layout::resized;
+  static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
+  static constexpr int kMinBlocks = kMaxThreads > 128                                   ? 1
+                                    : !whole || layout == Layout::resized || K * V > 24 ? 3
+                                    : K * V <= 8                                        ? 6
+                                    : K * V <= 16                                       ? 5
+                                                                                        : 4;
+  // What of a row is stored a target and pixel beside it; how many accesses of a gradient are scattered at a time: half
+  // a row, for with all of it a multiprocessor would have room for two blocks only.
+  static constexpr int kScalars = whole ? 2 : 3;
+  static_assert(layout != Layout::resized || kAccesses < 32);
+  static constexpr int kScattered = whole ? (kAccesses + 1) / 2 : kAccesses;
 };
 
 template <class Shape, class A>
@@ -121,12 +152,12 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
     return begin;
   };
   at.targets = take(Shape::kWhole && a.target != Target::argmax ? a.T * threads * Shape::kTargetRow : 0);
-  at.scalars = take(a.T * 3 * per_thread);
+  at.scalars = take(a.T * Shape::kScalars * per_thread);
   at.said = take(a.teacher_learns ? a.N * 2 * per_thread : 0);
   at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * threads);
   at.gains = take((a.T + 1) * a.N);
   at.ratios = take(a.N);
-  at.exchange = take(Shape::kLayout == Layout::planes && a.groups > 1 ? 2 * per_thread : 0);
+  at.exchange = take(Shape::kSpread && a.groups > 1 ? 2 * per_thread : 0);
   if (Shape::kLayout == Layout::staged) {
     // Where threads lie an even number of accesses apart they meet in banks. Of 16 bytes there is one more; otherwise
     // two of them meet at most.
@@ -136,6 +167,12 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
       at.staged_row += 16 / storage_bytes;
     }
     at.staged = take((threads * at.staged_row * storage_bytes + 15) / int(sizeof(A)));
+  }
+  if (Shape::kLayout == Layout::resized) {
+    const int columns = threads / a.groups;
+    at.places = take(a.N * int(sizeof(Place<A, Shape::kPixels>) / sizeof(A)));
+    at.columns = take(a.N * column_numbers<A>(columns));
+    at.scattered = take((Shape::kScattered * a.groups + 1) * (columns + 1) * Shape::kPixels);
   }
   return at;
 }

@@ -9,9 +9,10 @@ namespace selfreg {
 
 constexpr int kMaxCudaExits = 16;
 
-int64_t cuda_workspace_bytes(const ExitLoss& launch);
+cudaError_t cuda_workspace_bytes(const ExitLoss& launch, int device, int64_t& bytes);
 
-// Enqueues the launch. `workspace` holds cuda_workspace_bytes(launch), and must live until the stream has passed.
+// Enqueues the launch. `workspace` holds cuda_workspace_bytes(launch, device), and must live until the stream has
+// passed.
 cudaError_t cuda_launch(const ExitLoss& launch, void* workspace, int device, cudaStream_t stream);
 
 // data[i][0 .. numel[i]) *= *factor, a number of A; where that is 1, nothing is read or written.

@@ -36,6 +36,7 @@ struct Worker {
   static constexpr int V = Shape::V, P = Shape::kPixels, I = Shape::kAccesses, kLanes = Shape::kLanes;
   static constexpr int kTargetVector = Shape::kTargetVector;
   static constexpr bool kWhole = Shape::kWhole, kPlain = Shape::kPlain;
+  static constexpr bool kResized = kLayout == Layout::resized;
 
   // A channel's distance from the first one, in numbers. The launch has seen to it that those of whole rows fit.
   using Offset = std::conditional_t<kWhole, uint32_t, int64_t>;
@@ -126,7 +127,7 @@ struct Worker {
 #pragma unroll
       for (int other = 1; other < kLanes; other *= 2) x[0] = op(x[0], __shfl_xor_sync(0xffffffffu, x[0], other));
     }
-    if constexpr (kLayout == Layout::planes) {
+    if constexpr (Shape::kSpread) {
       if (alone) return;
       // Two buffers in turn: who writes one again has passed the barrier after which all had read it.
       A* const buffer = shared + a.at.exchange + turn * threads() * P;
@@ -149,8 +150,10 @@ struct Worker {
   // Columns of shared memory.
   SELFREG_DEVICE A* target(int r) const { return my_targets + r * threads() * Shape::kTargetRow; }  // [I][V]
   // P of a target row; m of its logits, or their argmax; log2 of its factor.
-  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor, kScalars };
-  SELFREG_DEVICE A* scalars(int r, Scalar s) const { return my_scalars + (r * kScalars + s) * threads() * P; }  // [P]
+  enum Scalar { kSum, kMax, kArgmax = kMax, kLogFactor };
+  SELFREG_DEVICE A* scalars(int r, Scalar s) const {  // [P]
+    return my_scalars + (r * Shape::kScalars + s) * threads() * P;
+  }
   SELFREG_DEVICE A scalar(int r, Scalar s, int p) const { return scalars(r, s)[p]; }
   enum Said { kPeak, kLogNormalizer };
   SELFREG_DEVICE A& saying(int e, Said s, int p) const {
@@ -171,6 +174,10 @@ struct Worker {
   SELFREG_DEVICE bool teacher_learns() const { return !kWhole && a.teacher_learns; }
 
   // ---- pixels ----
+
+  // A thread's pixels are neighbours: side by side, or below each other, where the last ones may be none.
+  SELFREG_DEVICE int64_t pixel_at(int p) const { return pixel + (kResized ? p * a.cut.width : p); }
+  SELFREG_DEVICE bool exists_pixel(int p) const { return inside && (!kResized || p == 0 || i1 + p < a.cut.height); }
 
   SELFREG_DEVICE void locate() {
     i0 = i1 = 0;
@@ -195,6 +202,7 @@ struct Worker {
     return at;
   }
   SELFREG_DEVICE S* origin_of(const PixelView& view) const {
+    if (kResized) return nullptr;  // see taps()
     return static_cast<S*>(view.data) + (a.alike ? offset : offset_in(view));
   }
 
@@ -202,7 +210,7 @@ struct Worker {
   SELFREG_DEVICE void read_labels() {
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      const int64_t y = inside ? int64_t(static_cast<const Label*>(a.labels)[pixel + p]) : a.ignore_index;
+      const int64_t y = exists_pixel(p) ? int64_t(static_cast<const Label*>(a.labels)[pixel_at(p)]) : a.ignore_index;
       const bool valid = y != a.ignore_index, good = uint64_t(y) < uint64_t(C);
       label_w[p] = valid ? soft_w[p] : A(0);
       label[p] = valid && good ? int(y) : 0;
@@ -220,19 +228,24 @@ struct Worker {
   // Weights and labels of the tile's pixels. The logits of a pixel that does not count are taken as zeros, and those of
   // one that does not exist are the first pixel's.
   SELFREG_DEVICE void begin_tile(int64_t first) {
-    pixel = first + int64_t(slot()) * P;
-    inside = pixel < a.pixels;  // V divides the number of pixels
-    locate();
-    offset = offset_in(a.exits[0]);
+    if constexpr (kResized) {
+      begin_rows();
+    } else {
+      pixel = first + int64_t(slot()) * P;
+      inside = pixel < a.pixels;  // V divides the number of pixels
+      locate();
+      offset = offset_in(a.exits[0]);
+    }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      soft_w[p] = A(inside);
+      soft_w[p] = A(exists_pixel(p));
       label_w[p] = hot[p] = hot_in_row[p] = 0;
       label[p] = place_in_row[p] = 0;
     }
-    if (a.pixel_weight && inside) {
+    if (a.pixel_weight) {
 #pragma unroll
-      for (int p = 0; p < P; ++p) soft_w[p] = a.pixel_weight[pixel + p];
+      for (int p = 0; p < P; ++p)
+        if (exists_pixel(p)) soft_w[p] = a.pixel_weight[pixel_at(p)];
     }
     if (a.labels) {
       switch (a.label_type) {
@@ -351,8 +364,10 @@ struct Worker {
     __syncwarp();
   }
 
-  // One number of the exit that lies at `from`.
-  SELFREG_DEVICE A number(const S* from, const PixelView& view, int p, int c) const {
+  // One number of exit e, which lies at `from`.
+  SELFREG_DEVICE A number(const S* from, int e, int p, int c) const {
+    if constexpr (kResized) return interpolated(e, p, c);
+    const PixelView& view = a.exits[e];
     from += Offset(c) * Offset(view.channel);
     if (kLayout == Layout::planes) from += p;  // V pixels lie side by side, or one row after the other
     if (kLayout == Layout::staged) from += p * C;
@@ -368,6 +383,8 @@ struct Worker {
     if constexpr (kLayout == Layout::staged) {
       copy_rows<true>(static_cast<S*>(a.exits[e].data), again);
       read_staged(to);
+    } else if constexpr (kResized) {
+      a.from[e].x ? interpolate(e, to) : load_rows(e, to);
     } else {
       const PixelView& view = a.exits[e];
       const Offset step = Offset(stride()) * Offset(view.channel);
@@ -390,7 +407,7 @@ struct Worker {
 #pragma unroll
       for (int i = 0; i < I; ++i) unpack<S, V>(words[i], to[i]);
       if constexpr (kPairs) {
-        const unsigned(&pairs)[I][V / 2] = reinterpret_cast<const unsigned(&)[I][V / 2]>(words);
+        const unsigned (&pairs)[I][V / 2] = reinterpret_cast<const unsigned (&)[I][V / 2]>(words);
 #pragma unroll
         for (int k = 0; k < V / 2; ++k) {
           top[k] = pairs[0][k];
@@ -466,12 +483,273 @@ struct Worker {
       copy_rows<false>(static_cast<S*>(view.data), false);
       return;
     }
+    if constexpr (kResized) {
+      a.from[e].x ? scatter(e) : store_rows(e);
+      return;
+    }
     if (!inside) return;
     S* p = origin_of(view) + Offset(channel(0, 0)) * Offset(view.channel);
     const Offset step = Offset(stride()) * Offset(view.channel);
 #pragma unroll
     for (int i = 0; i < I; ++i, p += step)
       if (exists(i)) store<S, V>(p, z[i]);
+  }
+
+  // ---- exits of another size ----
+
+  using ThePlace = Place<A, P>;
+  SELFREG_DEVICE ThePlace& place_under(int e) const { return reinterpret_cast<ThePlace*>(shared + a.at.places)[e]; }
+  SELFREG_DEVICE A* column_weights(int e) const {
+    return shared + a.at.columns + e * column_numbers<A>(pixel_threads());
+  }
+  SELFREG_DEVICE uint16_t* column_lows(int e) const {  // and, beyond them, where each of the exit's columns begins
+    return reinterpret_cast<uint16_t*>(column_weights(e) + pixel_threads());
+  }
+  SELFREG_DEVICE Axis rows_of(int e) const { return {a.from[e].x, a.cut.height, a.align_corners}; }
+  SELFREG_DEVICE Axis columns_of(int e) const { return {a.from[e].y, a.cut.width, a.align_corners}; }
+
+  // Goes to the first row of a band, with what lies under it and its columns.
+  SELFREG_DEVICE void begin_band(int64_t number) {
+    const Cut& cut = a.cut;
+    const int64_t line = quotient(number, cut.strips), strip = number - line * cut.strips;
+    const int64_t image = quotient(line, cut.bands), band = line - image * cut.bands;
+    const int64_t begin = strip * cut.columns, x = begin + slot(), left = cut.width - begin;
+    const int64_t width = left < cut.columns ? left : cut.columns;
+    i0 = int(image), i1 = int(band * cut.rows);
+    inside = x < cut.width;
+    i2 = inside ? x : cut.width - 1;
+    __syncthreads();  // all are done with the last one
+    for (int e = 0; e < a.N; ++e) {
+      if (!a.from[e].x) continue;
+      const Axis axis = columns_of(e);
+      const int64_t column = axis.low(begin);
+      uint16_t *const low = column_lows(e), *const first = low + pixel_threads();
+      for (int k = thread(); k < pixel_threads() + 3; k += threads()) {
+        const int64_t from = axis.first(column - 1 + k) - begin;
+        first[k] = uint16_t(from < 0 ? 0 : from < width ? from : width);
+        if (k >= pixel_threads()) continue;
+        const int64_t at = begin + (k < width ? k : width - 1), l = axis.low(at);
+        low[k] = uint16_t(l - column);
+        column_weights(e)[k] = axis.template weight<A>(at, l);
+      }
+      if (thread() == 0) {
+        const Copies copies(cut, a.from[e].x, a.from[e].y, a.align_corners);
+        ThePlace& place = place_under(e);
+        place.copy = static_cast<A*>(a.grads[e].data);
+        if (place.copy) place.copy += copies.begin(cut, image, band, strip, C);
+        place.copy_columns = int(copies.columns);
+        place.row = place.fresh = int(rows_of(e).low(i1));
+        place.column = int(column);
+        place.columns = int(axis.high(begin + width - 1) - column) + 1;
+      }
+    }
+  }
+
+  // The band that has ended at row i1: its number would else be in two registers all the time.
+  SELFREG_DEVICE int64_t band_at() const {
+    const Cut& cut = a.cut;
+    return (int64_t(i0) * cut.bands + unsigned(i1 - 1) / unsigned(cut.rows)) * cut.strips + i2 / unsigned(cut.columns);
+  }
+
+  // The tile at row i1 of the band.
+  SELFREG_DEVICE void begin_rows() {
+    const int64_t y = i1;
+    __syncthreads();  // all are done with the last ones, or have begun the band
+    for (int e = thread(); e < a.N; e += threads()) {
+      if (!a.from[e].x) continue;
+      const Axis axis = rows_of(e);
+      ThePlace& place = place_under(e);
+      if (y % a.cut.rows != 0) place.fresh = int(axis.high(y - 1)) + 1;
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        const int64_t row = y + p < a.cut.height ? y + p : a.cut.height - 1, low = axis.low(row);
+        place.low[p] = int(low);
+        place.weight[p] = axis.template weight<A>(row, low);
+      }
+    }
+    __syncthreads();
+    pixel = (i0 * a.cut.height + y) * a.cut.width + i2;
+  }
+
+  // Where the thread's pixels lie on exit e: the pair of columns of the first pair of rows, at the image's first
+  // channel; distances in numbers, 0 where there is but one row or column. An exit has no more rows than the output, so
+  // that the last pixel lies on the same rows as the first, or on the next.
+  struct Taps {
+    const S* at;
+    Offset right, below;
+    A right_weight, below_weight[P];
+    bool steps;  // the last pixel lies on the next rows
+  };
+  SELFREG_DEVICE Taps taps(int e) const {
+    const PixelView& view = a.exits[e];
+    const ThePlace& place = place_under(e);
+    Taps t;
+    t.right = a.from[e].y > 1 ? Offset(view.step[2]) : 0;
+    t.below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
+    t.at = static_cast<const S*>(view.data) + i0 * view.step[0] +
+           (Offset(place.low[0]) * Offset(view.step[1]) +
+            Offset(place.column + column_lows(e)[slot()]) * Offset(view.step[2]));
+    t.right_weight = column_weights(e)[slot()];
+#pragma unroll
+    for (int p = 0; p < P; ++p) t.below_weight[p] = place.weight[p];
+    t.steps = P > 1 && place.low[P - 1] != place.low[0];
+    return t;
+  }
+
+  // Channels from c0 on of a resized exit, at the thread's pixels. From columns to pixels first, which the thread's
+  // pixels share. Where the last of them lies on the next rows, it is overwritten in a second pass.
+  SELFREG_DEVICE void interpolate(int e, A (&to)[I][V]) const {
+    const Taps t = taps(e);
+    const int64_t step = int64_t(Offset(stride()) * Offset(a.exits[e].channel));
+    A odd = 0;  // or NaN, where something is infinite or NaN
+    auto pass = [&](int number, auto beside) {
+      const S* above = opaque(t.at + Offset(channel(0, 0)) * Offset(a.exits[e].channel) + (number ? t.below : 0));
+      const S* below = opaque(above + t.below);
+      const Offset right = decltype(beside)::value ? 1 : t.right;
+#pragma unroll
+      for (int i = 0; i < I; ++i, above += step, below += step) {
+        if (!exists(i)) continue;
+        const A left = to_number(__ldg(above)), low_left = to_number(__ldg(below));
+        const A upper = left + t.right_weight * (to_number(__ldg(above + right)) - left);
+        const A down = low_left + t.right_weight * (to_number(__ldg(below + right)) - low_left) - upper;
+        odd += down * 0;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (number == 0 || v == V - 1) to[i][v] = upper + t.below_weight[v] * down;
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < I; ++i) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
+    }
+#pragma unroll 1
+    for (int number = 0; number <= int(t.steps); ++number) {
+      if (t.right == 1) {
+        pass(number, std::true_type());  // one address serves both
+      } else {
+        pass(number, std::false_type());
+      }
+    }
+    if (__builtin_expect(odd != 0, false)) correct(e, to);
+  }
+
+  // What is not finite is computed anew: where a weight is 0, the other number does not matter.
+  SELFREG_DEVICE void correct(int e, A (&to)[I][V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      unsigned odd = 0;
+#pragma unroll
+      for (int i = 0; i < I; ++i) odd |= unsigned(!(to[i][v] - to[i][v] == 0)) << i;
+#pragma unroll 1
+      for (int k = 0; odd >> k != 0; ++k) {
+        if (!(odd >> k & 1)) continue;
+        const A number = interpolated(e, v, channel(k, v));
+#pragma unroll
+        for (int i = 0; i < I; ++i) to[i][v] = i == k ? number : to[i][v];
+      }
+    }
+  }
+
+  // One number, the same as above where it is finite.
+  SELFREG_DEVICE A interpolated(int e, int p, int c) const {
+    const PixelView& view = a.exits[e];
+    if (!a.from[e].x) return to_number(__ldg(row_of(view, p) + c * view.channel));
+    const Taps t = taps(e);
+    const S* const at = t.at + c * view.channel + (p > 0 && t.steps ? t.below : 0);
+    const A left = to_number(__ldg(at)), right = to_number(__ldg(at + t.right));
+    const A low_left = to_number(__ldg(at + t.below)), low_right = to_number(__ldg(at + t.below + t.right));
+    const A w = t.below_weight[p], upper = left + t.right_weight * (right - left);
+    const A number = upper + w * (low_left + t.right_weight * (low_right - low_left) - upper);
+    if (number - number == 0) return number;
+    auto mix = [](A u, A v, A weight) { return weight == 0 ? u : weight == 1 ? v : (1 - weight) * u + weight * v; };
+    return mix(mix(left, low_left, w), mix(right, low_right, w), t.right_weight);
+  }
+
+  // Exits of the output's size beside them.
+  SELFREG_DEVICE S* row_of(const PixelView& view, int p) const {
+    return static_cast<S*>(view.data) + offset_in(view) + (exists_pixel(p) ? p : 0) * view.step[1];
+  }
+  SELFREG_DEVICE void load_rows(int e, A (&to)[I][V]) const {
+    const PixelView& view = a.exits[e];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const S* p = row_of(view, v) + channel(0, 0) * view.channel;
+#pragma unroll
+      for (int i = 0; i < I; ++i, p += stride() * view.channel) to[i][v] = exists(i) ? to_number(__ldg(p)) : kLowest<A>;
+    }
+  }
+  SELFREG_DEVICE void store_rows(int e) const {
+    const PixelView& view = a.grads[e];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      S* p = row_of(view, v) + channel(0, 0) * view.channel;
+#pragma unroll
+      for (int i = 0; i < I; ++i, p += stride() * view.channel)
+        if (exists(i) && exists_pixel(v)) *p = to_storage<S>(z[i][v]);
+    }
+  }
+
+  // Adds z, the gradient at the tile's pixels of channels from c0 on, to the band's copy of the exit's. Through shared
+  // memory: a thread takes a column of the exit and two channels, and sums the pixels to its left and right, in order.
+  SELFREG_DEVICE void scatter(int e) const {
+    constexpr int kTogether = 2;
+    A* const numbers = shared + a.at.scattered;
+    const int pitch = (pixel_threads() + 1) * P;  // so that channels are in different banks
+    const ThePlace& place = place_under(e);
+    const A* const weights = column_weights(e);
+    const uint16_t* const first = column_lows(e) + pixel_threads();
+    const int size = a.from[e].x;
+    const bool steps = place.low[P - 1] != place.low[0];
+#pragma unroll 1
+    for (int begin = 0; begin < I; begin += Shape::kScattered) {
+      const int c = c0 + begin * stride(), left = C - c;
+      if (left <= 0) break;
+      __syncthreads();  // what was there has been added
+#pragma unroll
+      for (int i = 0; i < I; ++i)
+        if (exists(i) && (i < Shape::kScattered) == (begin == 0))
+          store_shared(numbers + ((i - begin) * stride() + group()) * pitch + slot() * P, z[i]);
+      __syncthreads();
+      const int channels = min(left, Shape::kScattered * stride()), pairs = (channels + kTogether - 1) / kTogether;
+#pragma unroll 1
+      for (int task = thread(); task < place.columns * pairs; task += threads()) {
+        const int column = int(unsigned(task) / unsigned(pairs)), k = (task - column * pairs) * kTogether;
+        const A* const from = numbers + k * pitch;
+        A sum[kTogether][P] = {};
+        auto add = [&](int x, A w) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            A g[P];
+            load_shared(from + j * pitch + x * P, g);
+#pragma unroll
+            for (int p = 0; p < P; ++p) sum[j][p] += w * g[p];
+          }
+        };
+        const int middle = first[column + 1], end = first[column + 2];
+        for (int x = first[column]; x < middle; ++x) add(x, weights[x]);
+        for (int x = middle; x < end; ++x) add(x, 1 - weights[x]);
+
+        A* to = place.copy + (int64_t(place.low[0] - place.row) * place.copy_columns + column) * C + c + k;
+#pragma unroll
+        for (int r = 0; r <= P; ++r, to += int64_t(place.copy_columns) * C) {
+          const int row = place.low[0] + r;
+          if (row >= size || (r > 1 && !steps)) break;
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            if (j >= channels - k) break;
+            A total = 0;
+#pragma unroll
+            for (int p = 0; p < P; ++p) {
+              const int low = p > 0 && steps ? 1 : 0;
+              if (r == low) total += (1 - place.weight[p]) * sum[j][p];
+              if (r == low + 1) total += place.weight[p] * sum[j][p];
+            }
+            to[j] = row < place.fresh ? to[j] + total : total;
+          }
+        }
+      }
+    }
   }
 
   SELFREG_DEVICE void subtract_maximum(A (&from)[I][V], const A (&peak)[P]) const {
@@ -490,7 +768,7 @@ struct Worker {
     for (int p = 0; p < P; ++p) m[p] = kLowest<A>, label_z[p] = 0;
     if (with_labels && leads) {  // with the row, of which they are part
 #pragma unroll
-      for (int p = 0; p < P; ++p) label_z[p] = number(origin, a.exits[e], p, label[p]);
+      for (int p = 0; p < P; ++p) label_z[p] = number(origin, e, p, label[p]);
     }
     if constexpr (kWhole) {
       load_block(e, origin, z, again, m);
@@ -630,7 +908,7 @@ struct Worker {
     const A* const map = a.grad_losses + int64_t(entry(r, e)) * a.pixels + pixel;
 #pragma unroll
     for (int p = 0; p < P; ++p)
-      if (k[p] != 0) k[p] *= map[p];
+      if (k[p] != 0) k[p] *= map[pixel_at(p) - pixel];
   }
 
   // `loss`: times the pixels' weights.
@@ -638,7 +916,7 @@ struct Worker {
     if (!summed()) {
 #pragma unroll
       for (int p = 0; p < P; ++p)
-        if (inside && leads) a.maps[int64_t(entry(r, e)) * a.pixels + pixel + p] = loss[p];
+        if (exists_pixel(p) && leads) a.maps[int64_t(entry(r, e)) * a.pixels + pixel_at(p)] = loss[p];
     } else {
       A sum = loss[0];
 #pragma unroll
@@ -752,7 +1030,7 @@ struct Worker {
     if (argmax()) {
 #pragma unroll
       for (int p = 0; p < P; ++p)
-        if (soft_w[p] != 0) dot[p] = number(origin, a.exits[e], p, int(scalar(r, kArgmax, p))) - m[p];
+        if (soft_w[p] != 0) dot[p] = number(origin, e, p, int(scalar(r, kArgmax, p))) - m[p];
       return;
     }
     over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
@@ -780,11 +1058,11 @@ struct Worker {
         if constexpr (kWhole) {
           q = target(r)[i * V + (kLayout == Layout::lanes ? k : p)];
         } else {
-          const PixelView& teacher = a.exits[a.teachers[r]];
-          const A y = number(origin_of(teacher), teacher, p, c) - scalar(r, kMax, p);
+          const int teacher = a.teachers[r];
+          const A y = number(origin_of(a.exits[teacher]), teacher, p, c) - scalar(r, kMax, p);
           q = exp2_fast(y * a.rate_tau + scalar(r, kLogFactor, p));
         }
-        if (q != 0) dot += q * (number(origin, a.exits[e], p, c) - m[p]);
+        if (q != 0) dot += q * (number(origin, e, p, c) - m[p]);
       }
     }
     return dot;
@@ -888,6 +1166,7 @@ struct Worker {
 
   // ---- the block ----
 
+  // The tile at pixel `first`; where exits are resized, at row i1 of the band.
   SELFREG_DEVICE void tile(int64_t first) {
     begin_block(0);
     begin_tile(first);
@@ -949,8 +1228,19 @@ struct Worker {
       for (int i = 0; i < entries; ++i) my_sums[i * threads()] = 0;
     __syncthreads();
 
-    const int64_t tile_pixels = int64_t(pixel_threads()) * P;
-    for (int64_t first = blockIdx.x * tile_pixels; first < a.pixels; first += gridDim.x * tile_pixels) tile(first);
+    if constexpr (kResized) {
+#pragma unroll 1
+      for (int64_t band = blockIdx.x; band < a.size[0] * a.cut.bands * a.cut.strips; band = band_at() + gridDim.x) {
+        begin_band(band);
+        do {
+          tile(0);
+          i1 += P;
+        } while (i1 < a.cut.height && unsigned(i1) % unsigned(a.cut.rows) != 0);
+      }
+    } else {
+      const int64_t tile_pixels = int64_t(pixel_threads()) * P;
+      for (int64_t first = blockIdx.x * tile_pixels; first < a.pixels; first += gridDim.x * tile_pixels) tile(first);
+    }
 
     if (!summed()) return;
     __syncthreads();
@@ -981,8 +1271,21 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
   const int together = layout == Layout::lanes ? lanes * V : args.groups;
   args.rows = (args.C + together - 1) / together;
   args.at = shared_layout<TheShape>(args, block.x * block.y, sizeof(S));
-  const int64_t tile = int64_t(layout == Layout::lanes ? block.x / lanes : block.x) * TheShape::kPixels;
-  return launch_blocks(launch, exit_loss_kernel<TheShape>, args, block, args.at.total * int64_t(sizeof(A)), tile);
+  const int64_t shared = args.at.total * int64_t(sizeof(A));
+  const int64_t most = most_blocks(launch, exit_loss_kernel<TheShape>, block, shared);
+  if (most == 0) return false;
+  int64_t parts;
+  if constexpr (layout == Layout::resized) {
+    args.cut = *launch.cut = cut_output(args.size[0], args.size[1], args.size[2], block.x, TheShape::kPixels, most);
+    parts = args.size[0] * args.cut.bands * args.cut.strips;
+    if (!launch.dry)
+      place_copies(args, args.cut, [&](int e, int64_t begin) { args.grads[e].data = launch.copies + begin; });
+  } else {
+    const int64_t tile = int64_t(layout == Layout::lanes ? block.x / lanes : block.x) * TheShape::kPixels;
+    parts = (args.pixels + tile - 1) / tile;
+  }
+  launch_blocks(launch, exit_loss_kernel<TheShape>, args, block, shared, parts < most ? parts : most);
+  return true;
 }
 
 #if SELFREG_STORAGE != 1
@@ -991,8 +1294,8 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
 // fewer pixels: K V numbers stay in registers.
 template <Layout layout, int V, int lanes, bool plain>
 bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channels) {
-  constexpr int most = layout == Layout::lanes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
-  if constexpr (most < 32) {
+  constexpr int most = layout == Layout::resized ? 24 : layout == Layout::lanes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
+  if constexpr (most < 32 && layout != Layout::resized) {
     if (channels > most) return launch_whole<layout, V / 2, lanes, plain>(launch, args, block, channels);
   }
   if (channels <= 8) return launch_shape<layout, 8, V, lanes, true, plain>(launch, args, block);
@@ -1019,6 +1322,17 @@ bool launch_planes(const Launch<A>& launch, Args<A>& args) {
   return launch_whole<Layout::planes, 1, 1, plain>(launch, args, block, channels);
 }
 
+// Two rows at a time, which share most of what they are interpolated from.
+template <bool plain>
+bool launch_resized(const Launch<A>& launch, Args<A>& args) {
+  args.groups = (args.C + 23) / 24;
+  if (args.groups > 12) args.groups += args.groups % 2;  // half warps: an even number of them
+  const int channels = (args.C + args.groups - 1) / args.groups;
+  const dim3 block = args.groups == 1 ? dim3(128, 1) : dim3(args.groups <= 12 ? 32 : 16, args.groups);
+  if (args.groups > 24) return false;
+  return launch_whole<Layout::resized, 2, 1, plain>(launch, args, block, channels);
+}
+
 template <bool plain>
 bool launch_lanes(const Launch<A>& launch, Args<A>& args) {
   args.groups = 1;
@@ -1034,6 +1348,7 @@ bool launch_lanes(const Launch<A>& launch, Args<A>& args) {
 template <bool plain>
 bool launch_rows_as(const Launch<A>& launch, Args<A>& args) {
   if (launch.layout == Layout::planes) return launch_planes<plain>(launch, args);
+  if (launch.layout == Layout::resized) return launch_resized<plain>(launch, args);
   if (launch.layout == Layout::lanes || args.C > 32) return launch_lanes<plain>(launch, args);
   args.groups = 1;
   if constexpr (plain && sizeof(S) == 2) {  // of float, two pixels' rows leave room for too few threads
@@ -1054,12 +1369,15 @@ bool launch_rows(const Launch<A>& launch, Args<A>& args) {
 
 // Rows that do not fit in registers or whose targets do not fit in shared memory, and what is rarely asked for.
 bool launch_blockwise(const Launch<A>& launch, Args<A>& args, unsigned threads) {
-  if (launch.layout != Layout::planes) {
+  if (launch.layout == Layout::staged || launch.layout == Layout::lanes) {
     args.groups = 1;
     return launch_shape<Layout::lanes, 8, 1, 32, false, false>(launch, args, dim3(threads));
   }
   args.groups = args.C < 256 ? 1 : 8;
-  return launch_shape<Layout::planes, 8, 1, 1, false, false>(launch, args, dim3(threads / args.groups, args.groups));
+  const dim3 block(threads / args.groups, args.groups);
+  if (launch.layout == Layout::resized)
+    return launch_shape<Layout::resized, 8, 1, 1, false, false>(launch, args, block);
+  return launch_shape<Layout::planes, 8, 1, 1, false, false>(launch, args, block);
 }
 
 }  // namespace

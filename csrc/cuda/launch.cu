@@ -45,9 +45,21 @@ void merge_dimensions(const ExitLoss& L, Args<A>& args) {
     for (int i = 0; i < count; ++i) views[i]->step[d] = 0;
   }
   args.dims = 3 - last;
-  args.alike = std::all_of(views, views + count, [&](const PixelView* v) {
-    return std::equal(v->step, v->step + 3, views[0]->step);
-  });
+  args.alike = std::all_of(views, views + count,
+                           [&](const PixelView* v) { return std::equal(v->step, v->step + 3, views[0]->step); });
+}
+
+// What resized exits are, and how many there are.
+template <class A>
+bool resizes(const ExitLoss& L, Args<A>& args) {
+  bool any = false;
+  for (int e = 0; e < L.N; ++e) {
+    const View& exit = L.exits[e];
+    if (exit.H == L.H && exit.W == L.W) continue;
+    args.from[e] = make_int2(int(exit.H), int(exit.W));
+    any = true;
+  }
+  return any;
 }
 
 // Calls f for the views that the kernel touches; whether it is true for all.
@@ -77,6 +89,22 @@ void choose_layout(const Args<A>& args, int bytes, Launch<A>& launch) {
   };
   launch.vector = fits(4) ? 4 : fits(2) ? 2 : 1;
   launch.near = all_views(args, [&](const PixelView& v) { return (args.C - 1) * v.channel <= 0xffffffffll; });
+}
+
+// Where exits are resized, nothing is merged: rows and columns are what they lie on.
+template <class A>
+void keep_dimensions(const ExitLoss& L, int bytes, Args<A>& args, Launch<A>& launch) {
+  launch.layout = Layout::resized;
+  launch.near = true;
+  args.size[0] = L.B, args.size[1] = L.H, args.size[2] = L.W, args.dims = 3;
+  args.align_corners = L.align_corners;
+  for (int e = 0; e < L.N; ++e) {
+    for (auto [from, to] : {std::pair{&L.exits[e], &args.exits[e]}, {&L.grads[e], &args.grads[e]}})
+      *to = {from->data, from->stride_c, {from->stride_b, from->stride_h, from->stride_w}};
+    const View& v = L.exits[e];
+    const int64_t last = (v.H - 1) * v.stride_h + (v.W - 1) * v.stride_w + (L.C - 1) * v.stride_c;
+    launch.near = launch.near && last <= 0xffffffffll / bytes;
+  }
 }
 
 // ---- phase 0 ---------------------------------------------------------------------------------------------------
@@ -161,6 +189,82 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fi
   *a.total = A(total);
 }
 
+// ---- gradients of resized exits --------------------------------------------------------------------------------
+
+template <class A>
+struct JoinArgs {
+  const A* copies[kMaxExits];  // null: there are none
+  PixelView grads[kMaxExits];
+  int2 from[kMaxExits];
+  Cut cut;
+  int64_t B, C;
+  bool align_corners;
+};
+
+// A thread an element of the plane: the sum of the copies that have it, which lie side by side, for all channels.
+template <class S, class A>
+__global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ JoinArgs<A> a) {
+  const int e = blockIdx.y;
+  if (!a.copies[e]) return;
+  const Cut& cut = a.cut;
+  const PixelView& grad = a.grads[e];
+  const int64_t h = a.from[e].x, w = a.from[e].y, step = int64_t(gridDim.x) * kThreads;
+  const Axis rows{h, cut.height, a.align_corners}, columns{w, cut.width, a.align_corners};
+  const Copies copies(cut, h, w, a.align_corners);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.B * h * w; i += step) {
+    const int64_t line = quotient(i, w), x = i - line * w, image = quotient(line, h), y = line - image * h;
+    // The output's rows that lie on row y are those on y - 1 and on y.
+    const int64_t band0 = quotient(rows.first(y - 1), cut.rows), band1 = quotient(rows.first(y + 1) - 1, cut.rows);
+    const int64_t strip0 = quotient(columns.first(x - 1), cut.columns);
+    const int64_t strip1 = quotient(columns.first(x + 1) - 1, cut.columns);
+    S* const to = static_cast<S*>(grad.data) + image * grad.step[0] + y * grad.step[1] + x * grad.step[2];
+    const int64_t below = y - rows.low(band0 * cut.rows), right = x - columns.low(strip0 * cut.columns);
+    const A* const first =
+        a.copies[e] + copies.begin(cut, image, band0, strip0, a.C) + (below * copies.columns + right) * a.C;
+    if (band0 == band1 && strip0 == strip1) {
+#pragma unroll 4
+      for (int64_t c = 0; c < a.C; ++c) to[c * grad.channel] = to_storage<S>(first[c]);
+      continue;
+    }
+    for (int64_t c = 0; c < a.C; ++c) {
+      A sum = 0;
+      for (int64_t band = band0; band <= band1; ++band) {
+        const int64_t row = y - rows.low(band * cut.rows);
+        for (int64_t strip = strip0; strip <= strip1; ++strip) {
+          const int64_t column = x - columns.low(strip * cut.columns);
+          sum += a.copies[e][copies.begin(cut, image, band, strip, a.C) + (row * copies.columns + column) * a.C + c];
+        }
+      }
+      to[c * grad.channel] = to_storage<S>(sum);
+    }
+  }
+}
+
+template <class A>
+void join_copies(const ExitLoss& L, const Args<A>& args, const Cut& cut, const A* room, const Launch<A>& launch) {
+  JoinArgs<A> join{};
+  int64_t most = 0;
+  place_copies(args, cut, [&](int e, int64_t begin) {
+    const View& grad = L.grads[e];
+    join.copies[e] = room + begin;
+    join.grads[e] = {grad.data, grad.stride_c, {grad.stride_b, grad.stride_h, grad.stride_w}};
+    join.from[e] = args.from[e];
+    most = std::max(most, L.B * grad.H * grad.W);
+  });
+  if (most == 0) return;
+  join.cut = cut, join.B = L.B, join.C = L.C, join.align_corners = L.align_corners;
+  void (*kernel)(JoinArgs<A>);
+  if constexpr (sizeof(A) == 8) {
+    kernel = join_kernel<double, double>;
+  } else {
+    kernel = L.dtype == DType::float32   ? join_kernel<float, float>
+             : L.dtype == DType::float16 ? join_kernel<__half, float>
+                                         : join_kernel<__nv_bfloat16, float>;
+  }
+  const int64_t blocks = std::clamp<int64_t>((most + kThreads - 1) / kThreads, 1, 4 * launch.processors);
+  launch_kernel(kernel, dim3(unsigned(blocks), unsigned(L.N)), kThreads, launch.stream, join);
+}
+
 // ---- the launch ------------------------------------------------------------------------------------------------
 
 struct Workspace {
@@ -174,11 +278,17 @@ Workspace workspace(const ExitLoss& L) {
   return w;
 }
 
+// Without `room`: only how much of it is needed, in `numbers`.
 template <class A>
-cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t stream) {
+cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t stream, int64_t& numbers) {
   const Workspace at = workspace(L);
+  numbers = at.total;
   int64_t blocks = 0;
+  Cut cut{};
   Launch<A> launch{};
+  launch.dry = !room;
+  launch.copies = reinterpret_cast<A*>(room + at.total);
+  launch.cut = &cut;
   launch.device = device;
   launch.stream = stream;
   launch.blocks = &blocks;
@@ -187,8 +297,15 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   Args<A> args{};
   args.N = L.N, args.T = L.T, args.C = int32_t(L.C);
   args.pixels = L.B * L.H * L.W;
-  merge_dimensions(L, args);
-  choose_layout(args, L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2, launch);
+  const int bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
+  const bool resized = resizes(L, args);
+  if (launch.dry && !resized) return cudaSuccess;
+  if (resized) {
+    keep_dimensions(L, bytes, args, launch);
+  } else {
+    merge_dimensions(L, args);
+    choose_layout(args, bytes, launch);
+  }
   int place = 0;
   for (int r = L.T; r-- > 0;) args.order[place++] = args.teachers[r] = L.teachers[r];
   for (int e = 0; e < L.N; ++e)
@@ -216,11 +333,12 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.maps = L.reduction == Reduction::none ? static_cast<A*>(L.losses) : nullptr;
 
   if (args.pixels > 0) {
-    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight)) {
+    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight) && !launch.dry) {
       args.counts = room + at.counts;
       args.count_blocks = int32_t(count_pixels(args, room + at.counts, launch.processors, stream));
     }
     args.soft_norm = 1.0 / double(args.pixels);
+    const Args<A> planned = args;  // with the gradients' own memory
     cudaError_t error;
     if constexpr (sizeof(A) == 8) {
       error = launch_exit_loss<double>(launch, args);
@@ -230,7 +348,10 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
                                           : launch_exit_loss<__nv_bfloat16>(launch, args);
     }
     if (error != cudaSuccess) return error;
+    if (resized && !launch.dry) join_copies(L, planned, cut, launch.copies, launch);
+    if (resized) numbers += (place_copies(planned, cut, [](int, int64_t) {}) * sizeof(A) + 7) / 8;
   }
+  if (launch.dry) return cudaSuccess;
 
   FinishArgs<A> finish{};
   finish.partial = room + at.partial;
@@ -272,12 +393,17 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
 
 }  // namespace
 
-int64_t cuda_workspace_bytes(const ExitLoss& launch) { return workspace(launch).total * int64_t(sizeof(double)); }
+cudaError_t cuda_workspace_bytes(const ExitLoss& launch, int device, int64_t& bytes) {
+  const auto plan = launch.dtype == DType::float64 ? launch_as<double> : launch_as<float>;
+  const cudaError_t error = plan(launch, nullptr, device, nullptr, bytes);
+  bytes *= int64_t(sizeof(double));
+  return error;
+}
 
 cudaError_t cuda_launch(const ExitLoss& launch, void* room, int device, cudaStream_t stream) {
-  double* const numbers = static_cast<double*>(room);
-  return launch.dtype == DType::float64 ? launch_as<double>(launch, numbers, device, stream)
-                                        : launch_as<float>(launch, numbers, device, stream);
+  const auto run = launch.dtype == DType::float64 ? launch_as<double> : launch_as<float>;
+  int64_t numbers;
+  return run(launch, static_cast<double*>(room), device, stream, numbers);
 }
 
 cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStream_t stream) {

@@ -14,7 +14,10 @@ template <class A>
 struct Launch {
   Layout layout;  // planes, lanes, or staged where lanes may also be staged
   int vector;     // so many neighbours, a power of 2, can be one access
-  bool near;      // a pixel's channels are less than 2^32 numbers apart
+  bool near;      // a pixel's channels are less than 2^32 numbers apart; an image's numbers, where exits are resized
+  bool dry;       // nothing is launched: it is about the workspace
+  A* copies;      // room for the private copies of gradients, where exits are resized
+  Cut* cut;       // out, likewise
   int device, processors;
   cudaStream_t stream;
   int64_t* blocks;  // out: how many there are
@@ -40,23 +43,53 @@ inline int resident_blocks(const void* kernel, int device, int threads, int64_t 
   return found->second;
 }
 
-// As many blocks as the device runs at a time share out the tiles of `tile` pixels. False where it can run none.
+// As many blocks as the device runs at a time; 0 where it can run none.
 template <class A>
-bool launch_blocks(const Launch<A>& launch, void (*kernel)(Args<A>), const Args<A>& args, dim3 block, int64_t shared,
-                   int64_t tile) {
+int64_t most_blocks(const Launch<A>& launch, void (*kernel)(Args<A>), dim3 block, int64_t shared) {
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), launch.device, block.x * block.y, shared);
-  if (resident == 0) return false;
-  int64_t blocks = (args.pixels + tile - 1) / tile;
-  if (blocks > int64_t(resident) * launch.processors) blocks = int64_t(resident) * launch.processors;
-  if (blocks > kMaxBlocks) blocks = kMaxBlocks;
+  const int64_t blocks = int64_t(resident) * launch.processors;
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// `blocks` of them share out what there is to do.
+template <class A>
+void launch_blocks(const Launch<A>& launch, void (*kernel)(Args<A>), const Args<A>& args, dim3 block, int64_t shared,
+                   int64_t blocks) {
   *launch.blocks = blocks;
+  if (launch.dry) return;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = block;
   config.dynamicSmemBytes = size_t(shared);
   config.stream = launch.stream;
   cudaLaunchKernelEx(&config, kernel, args);
-  return true;
+}
+
+// Cuts an output for `blocks` blocks, so that they end together: the time is that of the rows of the block with the
+// most, and some for each band. Short bands have large copies, for all share rows with their neighbours.
+inline Cut cut_output(int64_t B, int64_t H, int64_t W, int64_t columns, int64_t tile_rows, int64_t blocks) {
+  constexpr int64_t kShortest = 16, kSetup = 4;
+  auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+  const int64_t strips = parts(W, columns), walks = B * strips;
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t n = 1; n <= parts(H, kShortest) && (n - 1) * walks < 4 * blocks; ++n) {
+    const int64_t time = parts(walks * n, blocks) * (parts(H, n) + kSetup);
+    if (time < least) least = time, best = n;
+  }
+  const int64_t rows = parts(parts(H, best), tile_rows) * tile_rows;
+  return {H, W, int32_t(rows), int32_t(columns), int32_t(parts(H, rows)), int32_t(strips)};
+}
+
+// Says where the private copies of exits' gradients begin, to(e, number of A); returns how many numbers they are.
+template <class A, class To>
+int64_t place_copies(const Args<A>& args, const Cut& cut, To to) {
+  int64_t numbers = 0;
+  for (int e = 0; e < args.N; ++e) {
+    if (!args.from[e].x || !args.grads[e].data) continue;
+    to(e, numbers);
+    numbers += Copies(cut, args.from[e].x, args.from[e].y, args.align_corners).begin(cut, args.size[0], 0, 0, args.C);
+  }
+  return numbers;
 }
 
 }  // namespace selfreg

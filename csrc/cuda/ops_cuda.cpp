@@ -45,15 +45,20 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cuda(
     const Ints& size, bool align_corners) {
   check(!exits.empty(), "exits: expected at least one");
   check(exits.size() <= kMaxCudaExits, "exits: expected at most ", kMaxCudaExits, " on a GPU, got ", exits.size());
+  for (const Tensor& z : exits)
+    check(z.dim() == 4 && size.size() == 2 && z.size(2) <= size[0] && z.size(3) <= size[1],
+          "exits: those larger than `size` cannot be resized on a GPU");
   const int device = device_of(exits[0]);
   const DeviceGuard guard(device);
   auto run = [device](const ExitLoss& launch, const Tensor& first) {
     // Freed on return, but not used again before this stream is done with it: torch's allocator sees to that.
-    Tensor room = empty(first, {cuda_workspace_bytes(launch)}, ScalarType::Byte);
+    int64_t bytes = 0;
+    check_cuda(cuda_workspace_bytes(launch, device, bytes));
+    Tensor room = empty(first, {bytes}, ScalarType::Byte);
     check_cuda(cuda_launch(launch, room.mutable_data_ptr(), device, current_stream(device)));
   };
   return exit_loss(
-      run, false, [](void*, int64_t) {}, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted,
+      run, true, [](void*, int64_t) {}, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted,
       teachers, temperature, target, ignore_index, label_smoothing, mask_soft, detach_teacher, reduction, size,
       align_corners);
 }
