@@ -985,7 +985,7 @@ struct Worker {
     }
     if (ratio != 0) {
 #pragma unroll
-      for (int p = 0; p < P; ++p) row[place_in_row[p]] = kept[p];
+      for (int p = P; p-- > 0;) row[place_in_row[p]] = kept[p];  // backwards: pixels without a label here share a place
     }
     return ratio != 0;
   }
