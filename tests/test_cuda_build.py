@@ -58,7 +58,7 @@ def _shape(kernel: str) -> str:
     shape = re.search(r"ShapeILNS_6LayoutE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELb(\d)EE", kernel)
     if shape is None:
         return kernel[-60:]
-    layout = ("planes", "staged", "lanes")[int(shape[1])]
+    layout = ("planes", "staged", "lanes", "resized")[int(shape[1])]
     kind = "plain" if shape[6] == "1" else "whole" if shape[5] == "1" else "block by block"
     return f"{layout}, K {shape[2]}, V {shape[3]}, lanes {shape[4]}, {kind}"
 
@@ -66,16 +66,18 @@ def _shape(kernel: str) -> str:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_sanitizers_find_nothing(mode: str) -> None:
-    """Every number of channels and layout, aligned in float32 and odd in bfloat16: accesses out of bounds, races."""
-    few = "cuda and (aligned and float32 or odd and bfloat16)"
+    """Every number of channels and layout, aligned in float32 and odd in bfloat16; exits that are resized: accesses out
+    of bounds, races."""
+    few = "cuda and (aligned and float32 or odd and bfloat16 or number_of_channels or masked)"
     # In tests/, since `-m` puts the working directory on sys.path: from the root it would import ./selfreg_fast, which
     # has no kernels where the package is installed and not editable.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", few]
+    files = ("test_kernel_shapes.py", "test_resize.py")
     setarch = ["setarch", "-R"]  # some systems place memory at random, further than the thread sanitizer expects
     works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [*(setarch if works else []), *command, str(Path(__file__).with_name("test_kernel_shapes.py"))],
+        [*(setarch if works else []), *command, *(str(Path(__file__).with_name(f)) for f in files)],
         env={**environment, **on_host.environment(mode)},
         cwd=on_host.ROOT / "tests",
         capture_output=True,

@@ -88,6 +88,30 @@ def test_every_ratio(backend: Backend, name: str, align_corners: bool, dtype: to
         assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
 
 
+@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("channels", [8, 24, 25, 33, 150, 300, 600])
+def test_every_number_of_channels(backend: Backend, channels: int, detach_teacher: bool) -> None:
+    """Rows of channels that stay in registers, are spread over warps or read block by block; an exit of full size."""
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate rounds positions")
+    size, sizes = (19, 37), [(5, 9), (19, 37), (1, 18)]
+    exits = make_exits(3, (2, channels, *size), sizes=sizes, device=backend.device)
+    labels = make_labels((2, *size), channels, ignore_index=-1, device=backend.device)
+    kwargs: dict[str, Any] = {"teachers": (0, 1), "temperature": 2.0, "ignore_index": -1, "size": size}
+    kwargs["detach_teacher"] = detach_teacher
+    factor = 2 * math.prod(size)
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, labels, **kwargs), [z.double() for z in exits], "random", factor
+    )
+    actual = value_and_gradients(
+        lambda e: srf.exit_loss_matrix(e, labels, backend=backend.name, **kwargs), exits, "random", factor
+    )
+    assert_close(actual[0], exact[0], RELATIVE[torch.float32], smallest(torch.float32), "value")
+    for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        floor = 64 * torch.finfo(torch.float32).eps / channels * math.prod(size) / math.prod(sizes[i])
+        assert_close(a, e, RELATIVE[torch.float32], floor, f"gradient of exit {i}")
+
+
 def test_masked_classes_stay_masked(backend: Backend) -> None:
     """-inf in a class, in all or in part of an exit, is -inf at each pixel it has part in; nothing becomes NaN."""
     if not backend.fused:

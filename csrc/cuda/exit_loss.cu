@@ -70,9 +70,9 @@ struct Worker {
   __device__ Worker(const Args<A>& args, A* numbers)
       : a(args),
         shared(numbers),
-        my_targets(kept_shared(shared + a.at.targets + thread() * Shape::kTargetRow)),
-        my_scalars(kept_shared(shared + a.at.scalars + thread() * P)),
-        my_sums(kept_shared(shared + a.at.sums + thread())),
+        my_targets(kept(shared + a.at.targets + thread() * Shape::kTargetRow)),
+        my_scalars(kept(shared + a.at.scalars + thread() * P)),
+        my_sums(kept(shared + a.at.sums + thread())),
         C(args.C),
         alone(kLayout != Layout::lanes && a.groups == 1),
         leads(group() == 0),
@@ -146,6 +146,9 @@ struct Worker {
   SELFREG_DEVICE void sum_across_groups(A (&x)[P]) {
     across_groups(x, [](A u, A v) { return u + v; });
   }
+
+  // Kept in a register, unless that is one too many: found by trying, for the compiler's spills follow no rule.
+  SELFREG_DEVICE static A* kept(A* p) { return kResized && kPlain ? p : kept_shared(p); }
 
   // Columns of shared memory.
   SELFREG_DEVICE A* target(int r) const { return my_targets + r * threads() * Shape::kTargetRow; }  // [I][V]
@@ -1091,7 +1094,7 @@ struct Worker {
     }
     if (ratio != 0) {
 #pragma unroll
-      for (int p = 0; p < P; ++p) row[place_in_row[p]] = kept[p];
+      for (int p = P; p-- > 0;) row[place_in_row[p]] = kept[p];  // backwards: pixels without a label here share a place
     }
     return ratio != 0;
   }
@@ -1322,7 +1325,7 @@ bool launch_planes(const Launch<A>& launch, Args<A>& args) {
   return launch_whole<Layout::planes, 1, 1, plain>(launch, args, block, channels);
 }
 
-// Two rows at a time, which share most of what they are interpolated from.
+// Two rows at a time, which share most of what they are interpolated from; one where options need the registers.
 template <bool plain>
 bool launch_resized(const Launch<A>& launch, Args<A>& args) {
   args.groups = (args.C + 23) / 24;
@@ -1330,7 +1333,7 @@ bool launch_resized(const Launch<A>& launch, Args<A>& args) {
   const int channels = (args.C + args.groups - 1) / args.groups;
   const dim3 block = args.groups == 1 ? dim3(128, 1) : dim3(args.groups <= 12 ? 32 : 16, args.groups);
   if (args.groups > 24) return false;
-  return launch_whole<Layout::resized, 2, 1, plain>(launch, args, block, channels);
+  return launch_whole<Layout::resized, plain ? 2 : 1, 1, plain>(launch, args, block, channels);
 }
 
 template <bool plain>
