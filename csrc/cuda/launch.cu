@@ -226,10 +226,13 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ 
       for (int64_t c = 0; c < a.C; ++c) to[c * grad.channel] = to_storage<S>(first[c]);
       continue;
     }
+#pragma unroll 1
     for (int64_t c = 0; c < a.C; ++c) {
       A sum = 0;
+#pragma unroll 1
       for (int64_t band = band0; band <= band1; ++band) {
         const int64_t row = y - rows.low(band * cut.rows);
+#pragma unroll 1
         for (int64_t strip = strip0; strip <= strip1; ++strip) {
           const int64_t column = x - columns.low(strip * cut.columns);
           sum += a.copies[e][copies.begin(cut, image, band, strip, a.C) + (row * copies.columns + column) * a.C + c];
