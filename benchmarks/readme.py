@@ -78,7 +78,7 @@ def table_row(peers: dict[str, Row]) -> tuple[str, ...]:
         label(fused),
         f"{fused['exits']:g} of {fused['shape']}{size}".replace("x", "·"),
         f"**{fused['both_ms']:.3g} ms**",
-        times("tuned", "reference"),
+        times("tuned"),
         times("tuned, compiled", "reference, compiled"),
         times("as written"),
         memory,
