@@ -18,19 +18,19 @@ struct PixelView {
 
 // Where a block keeps what in shared memory, counted in numbers of A. What has a dimension of threads is theirs alone.
 struct SharedLayout {
-  int32_t targets;    // [T, threads, kTargetRow]
-  int32_t scalars;    // [T, kScalars, threads, P]
-  int32_t said;       // [N, 2, P, threads], where teachers learn
-  int32_t sums;       // [N, T + 1, threads]
-  int32_t gains;      // [N, T + 1], of the whole block
-  int32_t ratios;     // [N], likewise: an exit's gain of the label loss by that of its first teacher's
-  int32_t exchange;   // [2, P, threads], where several threads share a pixel
-  int32_t staged;     // [threads, staged_row] of the storage type, Layout::staged
+  int32_t targets;   // [T, threads, kTargetRow]
+  int32_t scalars;   // [T, kScalars, threads, P]
+  int32_t said;      // [N, 2, P, threads], where teachers learn
+  int32_t sums;      // [N, T + 1, threads]
+  int32_t gains;     // [N, T + 1], of the whole block
+  int32_t ratios;    // [N], likewise: an exit's gain of the label loss by that of its first teacher's
+  int32_t exchange;  // [2, P, threads], where several threads share a pixel
+  int32_t staged;    // [threads, staged_row] of the storage type, Layout::staged
   int32_t staged_row;
   uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
-  int32_t places;     // [N] Place, of the whole block, Layout::resized
-  int32_t columns;    // [N] of column_numbers(), likewise
-  int32_t scattered;  // [kScattered groups, pixel threads + 1, P], likewise
+  int32_t places;        // [N] Place, of the whole block, Layout::resized
+  int32_t columns;       // [N] of column_numbers(), likewise
+  int32_t scattered;     // [kScattered groups, pixel threads + 1, P], likewise
   int32_t total;
 };
 
@@ -100,9 +100,7 @@ enum class Layout {
 };
 
 // For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is, also 20 and 22, for 19 and 21.
-constexpr bool has_fine_steps(Layout layout, int V, bool plain) {
-  return plain && layout != Layout::lanes && V == 2;
-}
+constexpr bool has_fine_steps(Layout layout, int V, bool plain) { return plain && layout != Layout::lanes && V == 2; }
 // The largest number of channels below K for which there is a kernel.
 constexpr int next_fewer(int K, bool fine_steps) {
   return !fine_steps || K <= 16 || K > 24 ? K - 8 : K == 20 ? 16 : K - 2;
