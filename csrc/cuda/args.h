@@ -131,8 +131,9 @@ struct Shape {
   static constexpr int kMinBlocks = kMaxThreads > 128                                   ? 1
                                     : !whole || layout == Layout::resized || K * V > 24 ? 3
                                     : K * V <= 8                                        ? 6
-                                    : K * V <= 16                                       ? 5
-                                                                                        : 4;
+                                    : K * V > 16                                        ? 4
+                                    : layout == Layout::staged && (V == 2 || !plain)    ? 4
+                                                                                        : 5;
   // What of a row is stored a target and pixel beside it; how many accesses of a gradient are scattered at a time: half
   // a row, for with all of it a multiprocessor would have room for two blocks only.
   static constexpr int kScalars = whole ? 2 : 3;
