@@ -1,5 +1,5 @@
 // What one launch computes: the exit-loss matrix and, for the exits that want them, the gradients. Plain structs,
-// shared by every backend; the operator in ops.cpp fills them and owns all memory.
+// shared by every backend; the operator in operator.h fills them and owns all memory.
 #pragma once
 
 #include <cstdint>

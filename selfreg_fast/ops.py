@@ -1,6 +1,6 @@
 """The operator `selfreg_fast::exit_loss`: one launch for all losses, and all gradients when asked for.
 
-Schema and argument contract: `csrc/ops.cpp`. Here: its Python form on every backend, and its fake kernel for
+Schema and argument contract: `csrc/operator.h`. Here: its Python form on every backend, and its fake kernel for
 `torch.compile`. The Triton kernels serve the same schema under a name of their own, so that they need no compiler.
 """
 

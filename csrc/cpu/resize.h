@@ -12,10 +12,10 @@
 // - Private copies of the gradient for each band, added up in the end, cost the exits' size again in memory.
 // - Vertical sums at full width and one horizontal sum a row of the exit need 2 C W numbers an exit, which for wide
 //   outputs no cache holds; that is why tiles are summed horizontally one by one.
-// Measured, objective of five exits 2 x 21 x 41 x 41 at 321 x 321, float32, one AVX-512 core: forward 15 ms, with
-// gradients 25; so a second forward for a gather would cost 15. Exits of the full size to begin with: 13 and 23.
-// F.interpolate first and its backward after: 144. At half the output's size, where fewer rows share the work, 3 x 19 x
-// 512 x 1024: forward 26, with gradients 59; full size 25 and 49; F.interpolate 261.
+// Measured on one AVX-512 core, float32, the objective. Five exits of 2 x 21 x 41 x 41 at 321 x 321: forward 15 ms,
+// with gradients 25, so the second forward that a gather needs would cost 15; exits of full size to begin with 13 and
+// 23; F.interpolate first and its backward after 144. Three exits of 1 x 19 x 256 x 512 at 512 x 1024, where only two
+// rows share the work: forward 26, with gradients 59; full size 25 and 49; F.interpolate 261.
 #pragma once
 
 #include "cpu.h"

@@ -7,8 +7,8 @@
 //
 // Why so. Counted, not measured: no GPU has run this.
 // - A thread's two pixels lie below each other, and are mostly between the same rows: four loads, two interpolations
-//   from column to pixel and one step a pixel, about 8 instructions a number. Side by side, the pair of columns would
-//   differ from thread to thread, and so would their branches.
+//   from column to pixel and one step a pixel, about 8 instructions a number, and 3 of addressing. Side by side, the
+//   pair of columns would differ from thread to thread, and so would their branches.
 // - A gradient goes to shared memory once; a thread then sums the pixels around a column of the exit, for two channels
 //   and both rows, and spreads the sums over rows at the exit's own resolution. Sums kept for whole rows of the exit
 //   would be added across less often, but take 2 C numbers a column and exit: 100 KB a block for C = 21 and 5 exits.

@@ -1,4 +1,4 @@
-"""The Triton backend: `exit_loss` with the schema of the operator (csrc/ops.cpp), and `scale_`.
+"""The Triton backend: `exit_loss` with the schema of the operator (csrc/operator.h), and `scale_`.
 
 It runs on CUDA tensors, and with TRITON_INTERPRET=1 on CPU tensors. Nothing here waits for the GPU: what the means
 divide by stays on the device. The kernels are compiled at the first call with new options or another number of
