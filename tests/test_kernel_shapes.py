@@ -69,3 +69,29 @@ def test_every_way_through_the_kernels(
         # Rounding where sigma - target cancels, which for one class it does everywhere.
         floor = smallest(dtype) + 64 * torch.finfo(wide).eps / channels
         assert_close(a, e, RELATIVE[dtype], floor, f"{name}: gradient of exit {i}")
+
+
+@pytest.mark.skipif(srf.backends()["cpu"] != "available", reason="no CPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("size", [(5, 229, 231), (1, 515, 513), (3, 256, 384)], ids=str)
+def test_gradients_larger_than_caches(size: tuple[int, int, int], dtype: torch.dtype, threads: None) -> None:
+    """Written past the caches on the CPU, they equal bit for bit those of the same exits in small pieces.
+
+    Images that begin anywhere in a line of memory, tiles that lie in two of them, a last tile of 3 pixels.
+    """
+    exits = make_exits(2, (size[0], 9, *size[1:]), dtype=dtype)
+    labels = make_labels(size, 9)
+
+    def gradients(exits: list[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [z.detach().clone().requires_grad_() for z in exits]
+        srf.self_regulation_loss(leaves, labels, reduction="sum", backend="cpu").total.backward()
+        return [z.grad for z in leaves]
+
+    torch.set_num_threads(2)
+    whole = gradients(exits, labels)
+    assert sum(g.numel() for g in whole) >= 1 << 22  # from here on they are
+    for image in range(size[0]):
+        for rows in torch.arange(size[1]).chunk(5):
+            piece = (slice(image, image + 1), ..., rows, slice(None))
+            parts = gradients([z[piece] for z in exits], labels[piece])
+            assert all(torch.equal(g[piece], part) for g, part in zip(whole, parts, strict=True))

@@ -72,7 +72,8 @@ class Worker {
   using Int = typename VecOf<A>::Int;
   using VInt = typename VecOf<A>::VInt;
   static constexpr int kLanes = sizeof(V) / sizeof(A);
-  static constexpr int kBlock = 4;  // channels whose sums stay in registers together
+  static constexpr int kBlock = 4;     // channels whose sums stay in registers together
+  static constexpr int kAhead = 1024;  // bytes, see Ahead
 
  public:
   Worker(const ExitLoss& launch, const Plan& plan)
@@ -93,11 +94,20 @@ class Worker {
     for (int c = 0; c < C; ++c) class_w_sum += class_weight(c);
     smoothing = A(L.label_smoothing / C);
     for (int64_t i = 0; i < ld; ++i) hot[i] = A(1 - L.label_smoothing);
+    for (int e = 0; e < N; ++e) joined[e] = false;
   }
   Worker(const Worker&) = delete;
   ~Worker() { free(memory); }
 
-  // A band of tiles, numbered over all images; the sums of each tile go to partial[tile].
+  // Bands [first, end) of tiles, numbered over all images; the sums of each tile go to partial[tile].
+  void run(int64_t first, int64_t end, double* partial) {
+    for (int64_t band = first; band < end; ++band) {
+      more = band + 1 < end;
+      run(band, partial);
+    }
+  }
+
+ private:
   void run(int64_t band, double* partial) {
     const int64_t image = band / plan.bands, height = plan.tiles_down * plan.tile_rows;
     const int64_t y0 = band % plan.bands * height, y1 = y0 + height < plan.height ? y0 + height : plan.height;
@@ -113,7 +123,6 @@ class Worker {
     }
   }
 
- private:
   void run(const Tile& tile, double* partial) {
     begin = (tile.image * plan.height + tile.y) * plan.width + tile.x;
     spans = tile.columns == plan.width ? 1 : tile.rows;  // full rows lie one after the other
@@ -123,14 +132,9 @@ class Worker {
     width = (n + kLanes - 1) / kLanes * kLanes;
     over_resizers([&](Resizer<A>& resizer) { resizer.begin_tile(tile); });
     pixel_weights();
-    for (int r = 0; r < T; ++r) {
-      expect(r + 1 < T ? L.teachers[r + 1] : next_student(0));
-      teach(r);
-    }
-    for (int e = 0; e < N; ++e) {
-      expect(next_student(e + 1));
-      student(e, partial, !(teacher_learns && taught_row(e) >= 0));
-    }
+    seen.exit = N;
+    for (int r = 0; r < T; ++r) teach(r);
+    for (int e = 0; e < N; ++e) student(e, partial, !(teacher_learns && taught_row(e) >= 0));
     if (teacher_learns)  // their gradient also needs what all their students said
       for (int r = 0; r < T; ++r)
         if (L.grads[L.teachers[r]].data) student(L.teachers[r], nullptr, true);
@@ -143,11 +147,14 @@ class Worker {
     auto numbers = [&take](int64_t n) { return reinterpret_cast<A*>(take(n * sizeof(A))); };
     const int64_t tile = C * ld;
     z = numbers(tile);
+    next_z = numbers(tile);
     z2 = T && soft_two ? numbers(tile) : nullptr;
-    for (A** row :
-         {&max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth, &smooth_dot, &out, &f1, &f2})
+    for (A** row : {&max, &next_max, &sum, &sum2, &log_z, &label_w, &soft_w, &label_y, &label_k, &hot, &smooth,
+                    &smooth_dot, &out, &f1, &f2})
       *row = numbers(ld);
     label = reinterpret_cast<Int*>(numbers(ld));
+    ends = numbers(N * C * kLanes);
+    joined = reinterpret_cast<bool*>(take(N));
     teachers = reinterpret_cast<Teacher*>(take(T * sizeof(Teacher)));
     for (int r = 0; r < T; ++r) {
       Teacher layout{};
@@ -197,10 +204,21 @@ class Worker {
     bool on;  // teaches the student at hand
   };
 
-  struct Ahead {  // what is read next, see expect()
+  struct Stream {  // a gradient on its way past the caches, see gradient_block()
+    A* to;         // the tile's first pixel; null: it goes to z
+    int64_t stride;
+    A* ends;       // [C] last vectors of the tile before
+    bool joins;    // with which this tile's first lines begin
+    bool goes_on;  // this tile's last vectors are left to the next
+  };
+  struct Ahead {  // the exit that is read next, see expect()
+    int exit;
     const char* data;
     int64_t channel, pixel;  // strides in bytes
-    SELFREG_ALWAYS void prefetch(int c, int64_t i) const { __builtin_prefetch(data + c * channel + i * pixel, 0, 2); }
+    int64_t distance;        // of the prefetches, in bytes
+    A* max;                  // of its logits; null where they cannot be read beside another exit's
+    A* scratch;              // room for them; null where they are used as they lie in memory
+    const A* counted;        // weights of pixels: those of 0 are cleared; null where there are none
   };
 
   const ExitLoss& L;
@@ -212,14 +230,18 @@ class Worker {
   int64_t ld;
   int64_t begin, spans, span;  // the tile's first pixel; it has `spans` times `span` consecutive ones, a row apart
   int64_t n, width;            // pixels of the tile; rounded up to vectors
-  Ahead ahead;
-  bool uncounted;  // there are pixels in the tile (or beyond its end) that do not count
+  Ahead ahead, seen;           // of the pass at hand, and of one that is done and took a maximum
+  bool uncounted;              // there are pixels in the tile (or beyond its end) that do not count
   char* memory;
-  A *z, *z2;
-  A *max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1, *f2;
+  A *z, *next_z, *z2;
+  A *max, *next_max, *sum, *sum2, *log_z, *label_w, *soft_w, *label_y, *label_k, *hot, *smooth, *smooth_dot, *out, *f1,
+      *f2;
   Int* label;
   Teacher* teachers;
   Resizer<A>* resizers;  // [N], of the exits that are resized
+  bool more;             // this worker's next tile follows
+  A* ends;               // [N, C] see Stream
+  bool* joined;          // [N]
   Rows logits;           // of the student at hand
   const A* peak;         // their maxima
 
@@ -301,19 +323,52 @@ class Worker {
 
   // ---- reading and writing a tile ----
 
-  // The tile that is read next comes into the L2 cache while the exponentials of this one are computed: memory and
-  // arithmetic, one after the other, would take the sum of their times. Where its pixels are not one run it is not
-  // worth the trouble; then the prefetches fall on this worker's own scratch.
+  // The exit that is read next comes from memory while the exponentials of this one are computed: memory and
+  // arithmetic, one after the other, would take the sum of their times. Where its numbers need no conversion its
+  // maximum is taken, too. Where its pixels are not one run it is not worth the trouble; then the prefetches fall on
+  // this worker's scratch.
   void expect(int e) {
-    ahead = {reinterpret_cast<const char*>(z), 0, 0};
-    if (e == N || is_resized(e)) return;
+    ahead = {e, reinterpret_cast<const char*>(z), 0, 0, 0, nullptr, nullptr, nullptr};
+    const bool of_next_tile = e == N;
+    if (of_next_tile) e = T ? L.teachers[0] : 0;
+    if (is_resized(e)) return;
     const View& v = L.exits[e];
     const Runs runs = runs_of(v, L);
-    if (runs.step != 1 || shares_cache_sets(v) || !is_one_run(runs)) return;
+    const bool apart = shares_cache_sets(v);
+    if (runs.step != 1 || !is_one_run(runs) || (of_next_tile && apart)) return;
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
     over_runs(v, runs, [&](int64_t offset, int64_t, int64_t) {
-      ahead = {static_cast<const char*>(v.data) + offset * bytes, v.stride_c * bytes, bytes};
+      ahead.data = static_cast<const char*>(v.data) + (offset + (of_next_tile ? n : 0)) * bytes;
+      ahead.channel = v.stride_c * bytes, ahead.pixel = bytes;
     });
+    if (of_next_tile || n < width || bytes != sizeof(A)) return;
+    ahead.distance = apart ? kBlock * ahead.channel : kAhead;
+    const int r = taught_row(e);
+    begin_max(ahead.max = r < 0 ? next_max : teachers[r].max);
+    if (apart || uncounted) ahead.scratch = r < 0 ? next_z : teachers[r].z;
+    if (uncounted) ahead.counted = counted_weight();
+  }
+  // One step of that, beside channels [c0, c0 + CB) of pixels i.
+  template <int CB>
+  static SELFREG_ALWAYS void look(const Ahead& next, int64_t ld, int c0, int64_t i) {
+    const char* const at = next.data + c0 * next.channel + i * next.pixel;
+    for (int k = 0; k < CB; ++k) __builtin_prefetch(at + k * next.channel + next.distance, 0, 2);
+    if (!next.max) return;
+    V x[CB], top = load<V>(next.max + i);
+    for (int k = 0; k < CB; ++k) x[k] = load<V>(reinterpret_cast<const A*>(at + k * next.channel));
+    if (next.counted)
+      for (int k = 0; k < CB; ++k) x[k] = load<V>(next.counted + i) == A(0) ? V{} : x[k];
+    if (next.scratch)
+      for (int k = 0; k < CB; ++k) store(next.scratch + (c0 + k) * ld + i, x[k]);
+    for (int k = 0; k < CB; ++k) top = larger(x[k], top);
+    store(next.max + i, top);
+  }
+  void remember() {
+    if (ahead.max) seen = ahead;
+  }
+  void begin_max(A* m) const {
+    const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
+    over_pixels([&](int64_t i) { store(m + i, lowest); });
   }
 
   template <class S>
@@ -383,10 +438,15 @@ class Worker {
   }
   // Finds the maximum over channels, and the logits: in memory as they are, where they can be used so; else read into
   // scratch, and cleared at pixels that do not count (a NaN there reaches nothing).
-  Rows read_with_max(int e, A* scratch, A* m) {
+  Rows read_with_max(int e, A*& scratch, A*& m) {
+    if (seen.exit == e) {
+      if (m != seen.max) next_max = m, m = seen.max;
+      if (!seen.scratch) return {reinterpret_cast<const A*>(seen.data), L.exits[e].stride_c};
+      if (scratch != seen.scratch) next_z = scratch, scratch = seen.scratch;
+      return {scratch, ld};
+    }
     const View& v = L.exits[e];
-    const V lowest = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
-    over_pixels([&](int64_t i) { store(m + i, lowest); });
+    begin_max(m);
     const bool resized = is_resized(e);
     const Runs runs = runs_of(v, L);
     const bool row_by_row = resized || runs.step == 1, apart = !resized && shares_cache_sets(v);
@@ -443,7 +503,12 @@ class Worker {
     const Runs runs = runs_of(v, L);
     over_runs(v, runs, [&](int64_t offset, int64_t first, int64_t count) {
       if (runs.step == 1) {
-        for (int c = c0; c < c1; ++c) write_row(data + offset + c * v.stride_c, row(z, c) + first, count);
+        for (int c = c0; c < c1; ++c) {
+          S* dst = data + offset + c * v.stride_c;
+          const A* src = row(z, c) + first;
+#pragma omp simd
+          for (int64_t i = 0; i < count; ++i) convert(dst[i], src[i]);
+        }
         return;
       }
       for (int64_t i = 0; i < count; i += kLanes) {
@@ -468,19 +533,6 @@ class Worker {
       }
     });
   }
-  template <class S>
-  void write_row(S* dst, const A* src, int64_t count) {
-    int64_t i = 0;
-    if constexpr (sizeof(S) == sizeof(A)) {
-      if (plan.stream) {
-        for (; i < count && reinterpret_cast<uintptr_t>(dst + i) % 64; ++i) dst[i] = src[i];
-        for (; i + 64 / int(sizeof(A)) <= count; i += 64 / sizeof(A))
-          for (int k = 0; k < 64 / kVecBytes; ++k) stream(dst + i + k * kLanes, src + i + k * kLanes);
-      }
-    }
-#pragma omp simd
-    for (int64_t j = i; j < count; ++j) convert(dst[j], src[j]);
-  }
   // Writes channels [c0, c1) of the gradient, which stand in z.
   void write(const View& v, int c0, int c1) {
     if constexpr (sizeof(A) == 8) {
@@ -502,6 +554,7 @@ class Worker {
     if (L.target == Target::argmax) {
       argmax(t);
     } else {
+      expect(r + 1 < T ? L.teachers[r + 1] : next_student(0));
       switch (soft_two ? 1 : small_integer(tau)) {
         case 1: target_row<1>(t); break;
         case 2: target_row<2>(t); break;
@@ -509,6 +562,7 @@ class Worker {
         case 4: target_row<4>(t); break;
         default: target_row<0>(t);
       }
+      remember();
     }
     if (teacher_learns) {
       memset(t.a, 0, C * ld * sizeof(A));
@@ -559,9 +613,9 @@ class Worker {
     const A *const from = t.logits.data + c0 * from_stride, *const m = t.max;
     A *const to = row(t.u, c0), *const q = sum, *const z_one = sum2;
     over_pixels([&](int64_t i) {
+      look<CB>(next, stride, c0, i);
       V Q = load<V>(q + i), Z = load<V>(z_one + i);
       for (int k = 0; k < CB; ++k) {
-        next.prefetch(c0 + k, i);
         const V y = load<V>(from + k * from_stride + i) - load<V>(m + i), u = exp2_of(y, rate);
         store(to + k * stride + i, u);
         Q += u;
@@ -596,6 +650,7 @@ class Worker {
     }
     pick();
     gradient_of_losses(e);
+    expect(partial ? next_student(e + 1) : N);
     over_pixels([&](int64_t i) {
       store(sum + i, V{});
       store(sum2 + i, V{});
@@ -617,6 +672,7 @@ class Worker {
         default: exponentials<true, false>(say);
       }
     }
+    remember();
     if (say) add_log_normalizers();
     if (partial) losses(e, partial);
     if (!wanted || !with_gradient) return;
@@ -683,11 +739,9 @@ class Worker {
     const int count = L.target == Target::argmax ? 0 : T;
     const Teacher* const all = teachers;
     over_pixels([&](int64_t i) {
+      look<CB>(next, stride, c0, i);
       V y[CB];
-      for (int k = 0; k < CB; ++k) {
-        next.prefetch(c0 + k, i);
-        y[k] = load<V>(from + k * from_stride + i) - load<V>(m + i);
-      }
+      for (int k = 0; k < CB; ++k) y[k] = load<V>(from + k * from_stride + i) - load<V>(m + i);
       if constexpr (ONE) {
         V s = load<V>(s1 + i);
         for (int k = 0; k < CB; ++k) {
@@ -859,15 +913,17 @@ class Worker {
     });
     const View& v = L.grads[e];
     const bool resized = is_resized(e), row_by_row = !resized && runs_of(v, L).step == 1;
+    const Stream past_caches = row_by_row ? stream_of(e) : Stream{};
+    joined[e] = past_caches.goes_on;
     int gathered = 0;
     for (int c = 0; c < C; c += kBlock) {
       const int c1 = c + kBlock < C ? c + kBlock : C;
       if (c1 - c == kBlock) {
-        gradient_block<ONE, TWO, kBlock>(c, soft, self);
+        gradient_block<ONE, TWO, kBlock>(c, soft, self, past_caches);
       } else {
-        for (int k = c; k < c1; ++k) gradient_block<ONE, TWO, 1>(k, soft, self);
+        for (int k = c; k < c1; ++k) gradient_block<ONE, TWO, 1>(k, soft, self, past_caches);
       }
-      if (row_by_row) write(v, c, c1);
+      if (row_by_row && !past_caches.to) write(v, c, c1);
       if (resized && (c1 - gathered >= kLanes || c1 == C)) {
         resizers[e].gather(gathered, c1, row(z, gathered), ld);
         gathered = c1;
@@ -875,8 +931,29 @@ class Worker {
     }
     if (!resized && !row_by_row) write(v, 0, C);
   }
+  // How the gradient of exit e is written past the caches. Not if vectors are too short to be put together from two.
+  Stream stream_of(int e) const {
+    const View& v = L.grads[e];
+    const Runs runs = runs_of(v, L);
+    Stream stream{};
+    if (!plan.stream || kVecBytes < 32 || !is_one_run(runs) ||
+        L.dtype != (sizeof(A) == 4 ? DType::float32 : DType::float64))
+      return stream;
+    over_runs(v, runs, [&](int64_t offset, int64_t, int64_t) { stream.to = static_cast<A*>(v.data) + offset; });
+    stream.stride = v.stride_c;
+    stream.ends = ends + int64_t(e) * C * kLanes;
+    stream.joins = joined[e];
+    const int64_t next = begin + n, left = plan.pixels - next;
+    const int64_t next_n = left < plan.tile_columns ? left : plan.tile_columns;
+    const bool one_run = next % runs.length && runs.length - next % runs.length >= next_n;
+    stream.goes_on = more && !plan.resizes && one_run && next_n >= kLanes;
+    return stream;
+  }
+  // To z, or past the caches: whole lines of memory, each out of two neighbouring vectors, for rows begin anywhere; the
+  // last vector of a row waits for the next tile. (A copy from z waits until memory has taken what was copied before,
+  // and a line in two parts is read from memory first.)
   template <bool ONE, bool TWO, int CB>
-  void gradient_block(int c0, bool soft, const Teacher* self) {
+  void gradient_block(int c0, bool soft, const Teacher* self, const Stream& past_caches) {
     const bool labelled = L.labels, smooth_labels = labelled && smoothing != 0, arg = L.target == Target::argmax;
     const int count = soft ? T : 0;
     const int64_t offset = c0 * ld, stride = ld;
@@ -884,6 +961,19 @@ class Worker {
     const A *const one = f1, *const two = f2, *const at_label = label_k;
     const Int* const y = label;
     const Teacher* const all = teachers;
+    const Stream lines = past_caches;
+    const int64_t first = lines.joins ? 0 : kLanes, last = n / kLanes * kLanes - kLanes;
+    int64_t head[CB];  // pixels before the first whole line
+    A* line[CB];       // where that of the vectors at i - kLanes and i begins, less i
+    VInt lanes[CB];    // which of theirs it has
+    V before[CB] = {};
+    for (int k = 0; k < CB; ++k) {
+      A* const to = lines.to + (c0 + k) * lines.stride;
+      head[k] = -int64_t(reinterpret_cast<uintptr_t>(to) / sizeof(A)) & (kLanes - 1);
+      line[k] = to + head[k] - kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) lanes[k][lane] = Int(lane + head[k]);
+      if (lines.joins) before[k] = load<V>(lines.ends + (c0 + k) * kLanes);
+    }
     over_pixels([&](int64_t i) {
       V g[CB] = {};
       for (int k = 0; k < CB; ++k) {
@@ -916,8 +1006,22 @@ class Worker {
           for (int k = 0; k < CB; ++k) g[k] += load<V>(self->u + offset + k * stride + i) * S;
         }
       }
-      for (int k = 0; k < CB; ++k) store(x + k * stride + i, g[k]);
+      if (lines.to && i >= first && i <= last)
+        for (int k = 0; k < CB; ++k) stream(line[k] + i, V(__builtin_shuffle(before[k], g[k], lanes[k])));
+      if (!lines.to || i < first || i >= last)
+        for (int k = 0; k < CB; ++k) store(x + k * stride + i, g[k]);
+      for (int k = 0; k < CB; ++k) before[k] = g[k];
     });
+    if (!lines.to) return;
+    for (int k = 0; k < CB; ++k) {  // what is left of both ends
+      A* const to = lines.to + (c0 + k) * lines.stride;
+      const A* const from = x + k * stride;
+      const int64_t whole = last < first ? 0 : last - first + kLanes;
+      const int64_t begins = lines.joins ? head[k] - kLanes : head[k], ends = begins + whole;
+      for (int64_t i = 0; i < begins && i < n; ++i) to[i] = from[i];
+      for (int64_t i = ends > 0 ? ends : 0; i < n && !lines.goes_on; ++i) to[i] = from[i];
+      if (lines.goes_on) store(lines.ends + (c0 + k) * kLanes, before[k]);
+    }
   }
   void write_zeros(int e) {
     if (is_resized(e)) return;  // nothing is added to its sums
@@ -976,7 +1080,7 @@ PixelCounts count(const ExitLoss& L, int64_t begin, int64_t end) {
 template <class A>
 void run_tiles(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
   Worker<A> worker(L, plan);
-  for (int64_t band = begin; band < end; ++band) worker.run(band, partial);
+  worker.run(begin, end, partial);
 }
 
 PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {

@@ -115,7 +115,7 @@ class Resizer {
           const V v = load<V>(a + x);
           store(l + x, v + w * (load<V>(b + x) - v));
         }
-        l[count] = l[count - 1];
+        for (int64_t x = count; x <= (count + kLanes - 1) / kLanes * kLanes; ++x) l[x] = l[count - 1];
         for (int64_t x = 0; x < count; x += kLanes) {
           const V step = load<V>(l + x + 1) - load<V>(l + x);
           store(d + x, step);

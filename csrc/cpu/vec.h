@@ -139,16 +139,16 @@ SELFREG_ALWAYS void transpose(V (&rows)[LANES]) {
 }
 
 // Past the caches, for a gradient that is larger than they are; p is aligned to the vector.
-template <class A>
-SELFREG_ALWAYS void stream(A* p, const A* from) {
+template <class A, class V>
+SELFREG_ALWAYS void stream(A* p, V v) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(from));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
 #elif defined(__SSE2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #else
-  __builtin_memcpy(p, from, kVecBytes);
+  store(p, v);
 #endif
 }
 SELFREG_ALWAYS void stream_fence() {
