@@ -40,12 +40,9 @@ def scenes(labelled: float) -> tuple[Tensor, Tensor]:
     return images, classes.masked_fill(torch.rand(classes.shape) >= labelled, VOID)
 
 
-def main() -> None:
-    on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
-    dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+def train(device: torch.device) -> None:
     torch.manual_seed(0)
-    network = DistributedDataParallel(Network().to(device), device_ids=[device] if on_gpus else None)
+    network = DistributedDataParallel(Network().to(device), device_ids=[device] if device.type == "cuda" else None)
     criterion = srf.SelfRegulationLoss(ignore_index=VOID, process_group="world")
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(dist.get_rank())  # other scenes for every rank
@@ -60,6 +57,13 @@ def main() -> None:
             dist.all_reduce(mea)  # the mean over the ranks is the one over all pixels
             if dist.get_rank() == 0:
                 print(f"step {step}: MEA {mea.item() / dist.get_world_size():.3f}", flush=True)
+
+
+def main() -> None:
+    on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+    train(device)  # in a function: a DistributedDataParallel that outlives its process group can hang when it is freed
     dist.destroy_process_group()
 
 
