@@ -155,7 +155,6 @@ def test_a_group_of_one_process_changes_nothing(backend: Backend, world: None, d
         "class_weight": make_class_weight(5, device=backend.device).half(),
         "pixel_weight": make_pixel_weight((2, 6, 8), device=backend.device),
     }
-
     more: dict[str, Any] = {**weights, "temperature": 2.0, "label_smoothing": 0.1}
 
     def total(exits: list[Tensor], **options: Any) -> Tensor:
@@ -175,9 +174,8 @@ def test_a_group_of_one_process_changes_nothing(backend: Backend, world: None, d
         return srf.exit_loss_matrix(exits, labels, teachers=[2, 0], mask_soft=True, **more, **options).sum()
 
     def unlabelled(exits: list[Tensor], **options: Any) -> Tensor:
-        return (
-            srf.exit_loss_matrix(exits, teachers=[1], temperature=2.0, detach_teacher=False, **options).square().sum()
-        )
+        losses = srf.exit_loss_matrix(exits, teachers=[1], temperature=2.0, detach_teacher=False, **options)
+        return losses.square().sum()
 
     def nothing_ignored(exits: list[Tensor], **options: Any) -> Tensor:  # 300 fits no uint8
         return srf.mea_loss(exits, labels.clamp(max=4), ignore_index=300, **options)
@@ -192,6 +190,21 @@ def test_a_group_of_one_process_changes_nothing(backend: Backend, world: None, d
         unit = max(8 * torch.finfo(results[0][0].dtype).eps, torch.finfo(dtype).eps)
         for result in results[1:]:
             _assert_same(result, results[0], unit)
+
+
+def test_a_group_waits_for_no_gpu(backend: Backend, world: None) -> None:
+    """With NCCL, forward and backward of a step wait for nothing on the device."""
+    if backend.device != "cuda" or not backend.fused:
+        pytest.skip(f"{backend.name}: no kernels of a GPU")
+    exits = leaves(make_exits(3, (2, 5, 6, 8), device="cuda"))
+    labels, weight = make_labels((2, 6, 8), 5, device="cuda"), make_class_weight(5, device="cuda")
+    criterion = srf.SelfRegulationLoss(class_weight=weight, process_group="world", backend=backend.name)
+    criterion(exits, labels).total.backward()  # the first call sets up the communicator, or compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        criterion(exits, labels).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
