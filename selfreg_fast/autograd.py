@@ -21,12 +21,14 @@ def exit_loss(
     labels: Tensor | None,
     class_weight: Tensor | None,
     pixel_weight: Tensor | None,
+    scale: Tensor | None,
     weights: tuple[float, ...],
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """`(total, losses)` of :func:`selfreg_fast.passes.exit_loss`, both differentiable with respect to the exits.
 
-    With `weights`, the gradients of the total are written by the forward launch itself.
+    With `weights`, the gradients of the total are written by the forward launch itself. `scale` (T + 1, 1) multiplies
+    the losses' rows, and the total and the gradients accordingly.
     """
     wanted: tuple[int, ...] = ()
     if torch.is_grad_enabled():
@@ -35,7 +37,7 @@ def exit_loss(
         )
     try:
         total, losses = _ExitLoss.apply(  # type: ignore[no-untyped-call]
-            backend, labels, class_weight, pixel_weight, weights, wanted, options, *exits
+            backend, labels, class_weight, pixel_weight, scale, weights, wanted, options, *exits
         )
         return total, losses
     except (RuntimeError, ValueError):
@@ -79,6 +81,7 @@ class _ExitLoss(torch.autograd.Function):
         labels: Tensor | None,
         class_weight: Tensor | None,
         pixel_weight: Tensor | None,
+        scale: Tensor | None,
         weights: tuple[float, ...],
         wanted: tuple[int, ...],
         options: Options,
@@ -88,16 +91,26 @@ class _ExitLoss(torch.autograd.Function):
         # In float16 a gradient already divided by the number of pixels underflows before a loss scaler multiplies it:
         # there the backward recomputes, with the scaled gradient.
         now = wanted if weights and exits[0].dtype != torch.float16 else ()
-        total, losses, grads = passes.exit_loss(
-            backend, exits, labels, class_weight, pixel_weight, None, weights, now, options
-        )
+        if scale is None:
+            total, losses, grads = passes.exit_loss(
+                backend, exits, labels, class_weight, pixel_weight, None, weights, now, options
+            )
+        else:  # on the device, so it cannot be in `weights`: what these have in the total is given as a gradient
+            gains = scale * _times(scale.new_ones(()), weights, len(exits)) if weights else None
+            total, losses, grads = passes.exit_loss(
+                backend, exits, labels, class_weight, pixel_weight, gains, (), now, options
+            )
+            if gains is not None:
+                total = (gains * losses).masked_fill(gains == 0, 0).sum()
+            losses = losses * scale
         ctx.backend, ctx.weights, ctx.wanted, ctx.options, ctx.saved = backend, weights, wanted, options, len(grads)
-        ctx.save_for_backward(labels, class_weight, pixel_weight, *exits, *grads)
+        ctx.save_for_backward(labels, class_weight, pixel_weight, scale, *exits, *grads)
         return total, losses
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
-        labels, class_weight, pixel_weight, *tensors = ctx.saved_tensors  # once: under checkpointing it may recompute
+        # Once: under checkpointing it may recompute.
+        labels, class_weight, pixel_weight, scale, *tensors = ctx.saved_tensors
         exits, grads = tensors[: len(tensors) - ctx.saved], tensors[len(tensors) - ctx.saved :]
         if not ctx.weights:
             grad_total = None  # that total is the constant 0
@@ -108,11 +121,11 @@ class _ExitLoss(torch.autograd.Function):
                 grads = _scaled(ctx.backend, grads, grad_total)
             else:
                 if grad_total is not None:
-                    # Not a tensor of the weights: making one on a GPU waits for it.
-                    parts = torch._foreach_mul([grad_total] * len(ctx.weights), list(ctx.weights))
-                    from_total = torch.stack(parts).view(-1, len(exits))
+                    from_total = _times(grad_total, ctx.weights, len(exits))
                     grad_losses = from_total if grad_losses is None else grad_losses + from_total
                 assert grad_losses is not None
+                if scale is not None:
+                    grad_losses = grad_losses * scale
                 grads = passes.exit_loss(
                     ctx.backend,
                     exits,
@@ -130,7 +143,7 @@ class _ExitLoss(torch.autograd.Function):
         if grads:
             for i, g in zip(ctx.wanted, grads, strict=True):
                 result[i] = g
-        return None, None, None, None, None, None, None, *result
+        return None, None, None, None, None, None, None, None, *result
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -145,6 +158,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(
             "selfreg_fast: the fused losses are differentiable once; for second derivatives pass backend='reference'"
         )
+
+
+def _times(x: Tensor, weights: tuple[float, ...], n: int) -> Tensor:
+    """(T + 1, N): a scalar tensor times each weight. No tensor of the weights: making one on a GPU waits for it."""
+    return torch.stack(torch._foreach_mul([x] * len(weights), list(weights))).view(-1, n)
 
 
 def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import autograd, reference
 from .backends import choose
+from .distributed import Group, check_group, count_dtype, mean_over_ranks
 from .ops import Options, resizes
 from .reference import SelfRegulationOutput, loss_dtype
 
@@ -54,6 +55,7 @@ def exit_loss_matrix(
     mask_soft: bool = False,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -83,6 +85,13 @@ def exit_loss_matrix(
         reduction: "mean": over the weights of the pixels that count (and the class weights, for labels), exactly 0
             where none does. "sum": no division. "none": the weighted map of every entry.
         detach_teacher: True: teachers get no gradient from their students.
+        process_group: the ranks over which the gradients are averaged (those of DDP or FSDP): a
+            `torch.distributed.ProcessGroup`, or "world" for the default group. The mean then is over the pixels of all
+            ranks, however unevenly they are spread: each rank's loss is its own sum, divided by the mean of the ranks'
+            divisors, so that the mean over the ranks, of the losses as of their gradients, is that of one process with
+            all images. Every rank of the group has to call, with the same options; one without a pixel that counts adds
+            exactly 0. That takes one all-reduce of two numbers, for which NCCL lets no process wait. None: the mean
+            over this process's pixels.
         backend: "auto", "cpu", "cuda", "triton" or "reference", see :func:`selfreg_fast.backends`.
         validate: True: look for labels out of range on a GPU, too, which waits for it. Else such a label makes the loss
             NaN there. The environment variable SELFREG_FAST_VALIDATE=1 does the same for every call.
@@ -94,7 +103,8 @@ def exit_loss_matrix(
     Raises:
         TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored, on a
             CPU or with `validate`.
-        RuntimeError: `backend` is not available here.
+        ValueError: `process_group` with a `reduction` other than "mean".
+        RuntimeError: `backend` is not available here, or torch.distributed is not initialised for `process_group`.
 
     Source: Zhang et al., ICCV 2021 (soft targets, rows); Hinton et al., 2015 (`renormalize=True`).
     """
@@ -115,6 +125,7 @@ def exit_loss_matrix(
         mask_soft=mask_soft,
         reduction=reduction,
         detach_teacher=detach_teacher,
+        process_group=process_group,
         backend=backend,
         validate=validate,
     )[1]
@@ -131,6 +142,7 @@ def sr_f_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""SR-F: the shallowest exit teaches every deeper one its details.
@@ -139,8 +151,8 @@ def sr_f_loss(
 
     Args:
         features: N >= 2 exits, shallow to deep: feature maps or logits, as in :func:`exit_loss_matrix`.
-        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, backend: as in
-            :func:`exit_loss_matrix`.
+        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, process_group,
+            backend: as in :func:`exit_loss_matrix`.
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
@@ -164,6 +176,7 @@ def sr_f_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         detach_teacher=detach_teacher,
+        process_group=process_group,
         backend=backend,
     )
 
@@ -179,6 +192,7 @@ def sr_l_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""SR-L: the deepest exit teaches every shallower one its semantics.
@@ -187,8 +201,8 @@ def sr_l_loss(
 
     Args:
         logits: N >= 2 exits, shallow to deep, as in :func:`exit_loss_matrix`.
-        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, backend: as in
-            :func:`exit_loss_matrix`.
+        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, process_group,
+            backend: as in :func:`exit_loss_matrix`.
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
@@ -212,6 +226,7 @@ def sr_l_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         detach_teacher=detach_teacher,
+        process_group=process_group,
         backend=backend,
     )
 
@@ -228,6 +243,7 @@ def mea_loss(
     align_corners: bool = False,
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
+    process_group: Group = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -239,8 +255,8 @@ def mea_loss(
         logits: N >= 1 exits (B, C, ...) of class logits, as in :func:`exit_loss_matrix`.
         labels: (B, ...) uint8, int32 or int64.
         exit_weights: N numbers; default 1 for every exit.
-        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, backend, validate:
-            as in :func:`exit_loss_matrix`.
+        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, process_group,
+            backend, validate: as in :func:`exit_loss_matrix`.
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
@@ -264,6 +280,7 @@ def mea_loss(
         align_corners=align_corners,
         pixel_weight=pixel_weight,
         reduction=reduction,
+        process_group=process_group,
         backend=backend,
         validate=validate,
     )
@@ -293,6 +310,7 @@ def self_regulation_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> SelfRegulationOutput:
@@ -315,7 +333,8 @@ def self_regulation_loss(
         seg_weight, cls_weight: weights of MEA's two parts; the defaults are the published code's.
         exit_weights: N numbers, weights of the exits' label losses; default 1.
         temperature, renormalize, target, ignore_index, class_weight, label_smoothing, size, align_corners,
-            pixel_weight, reduction, detach_teacher, backend, validate: as in :func:`exit_loss_matrix`.
+            pixel_weight, reduction, detach_teacher, process_group, backend, validate: as in
+            :func:`exit_loss_matrix`. With `process_group`, `features` and `image_logits` take an all-reduce more, each.
 
     Returns:
         `SelfRegulationOutput(total, mea, sr_f, sr_l)`: scalars (maps with `reduction="none"`), float32 or float64;
@@ -355,6 +374,7 @@ def self_regulation_loss(
         "align_corners": align_corners,
         "pixel_weight": pixel_weight,
         "reduction": reduction,
+        "process_group": process_group,
         "backend": backend,
     }
     # One row of weights for the labels, one for each teacher that takes part.
@@ -393,14 +413,14 @@ def self_regulation_loss(
             raise ValueError(f"image_logits: expected one for each of the {n} exits, got {len(image_logits)}")
         if presence is None:
             presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
-        image_mea = cls_weight * presence_loss(image_logits, presence)
+        image_mea = cls_weight * presence_loss(image_logits, presence, process_group=process_group)
         mea = mea + image_mea
         if mea_weight:
             total = total + mea_weight * image_mea
     return SelfRegulationOutput(total, mea, sr_f, sr_l)
 
 
-def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
+def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_group: Group = None) -> Tensor:
     r"""MEA, image-level part: every exit predicts which classes occur in the image.
 
     .. math:: \sum_i BCE(\mathrm{sigmoid}(image\_logits_i), presence)
@@ -408,12 +428,13 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
     Args:
         image_logits: one (B, K) floating tensor for each exit, before the sigmoid.
         presence: (B, K) 1 where the class occurs, else 0 (or probabilities), see :func:`presence_vector`.
+        process_group: as in :func:`exit_loss_matrix`: the mean is over the images of all its ranks.
 
     Returns:
-        A scalar: the sum over exits of the mean over images and classes.
+        A scalar: the sum over exits of the mean over images and classes; 0 where there is no image.
 
     Raises:
-        TypeError, ValueError: not tensors, not floating, or shapes other than (B, K).
+        TypeError, ValueError: not tensors, not floating, or shapes other than (B, K); a wrong `process_group`.
 
     Source: Zhang et al., ICCV 2021, computed by `F.binary_cross_entropy_with_logits`.
     """
@@ -421,27 +442,29 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
     _require_tensor(presence, "presence")
     if presence.shape != image_logits[0].shape:
         raise ValueError(f"presence: expected shape {_shape(image_logits[0])}, got {_shape(presence)}")
-    return reference.presence_loss(image_logits, presence)
+    return reference.presence_loss(image_logits, presence, process_group=process_group)
 
 
-def presence_distillation_loss(image_logits: Sequence[Tensor]) -> Tensor:
+def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group: Group = None) -> Tensor:
     r"""The published code's SR-L: the deepest image-level prediction teaches the shallower ones.
 
     .. math:: \sum_{k < N-1} BCE(\mathrm{sigmoid}(z_k), \mathrm{sigmoid}(z_{N-1})), \quad z_{N-1} \text{ detached}
 
     Args:
         image_logits: N >= 2 floating tensors (B, K), before the sigmoid, shallow to deep.
+        process_group: as in :func:`exit_loss_matrix`: the mean is over the images of all its ranks.
 
     Returns:
-        A scalar: the sum over exits of the mean over images and classes.
+        A scalar: the sum over exits of the mean over images and classes; 0 where there is no image.
 
     Raises:
-        TypeError, ValueError: not tensors, not floating, fewer than two, or shapes other than (B, K).
+        TypeError, ValueError: not tensors, not floating, fewer than two, or shapes other than (B, K); a wrong
+            `process_group`.
 
     Source: the published code of Zhang et al., ICCV 2021.
     """
     _check_image_logits(image_logits, 2)
-    return reference.presence_distillation_loss(image_logits)
+    return reference.presence_distillation_loss(image_logits, process_group=process_group)
 
 
 def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
@@ -486,6 +509,7 @@ def _losses(
     mask_soft: bool = False,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -504,6 +528,7 @@ def _losses(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     teachers = _check_teachers(teachers, n)
+    check_group(process_group, reduction)
 
     spatial = _output_spatial(exits, labels, size, name)
     for i, z in enumerate(exits):
@@ -528,6 +553,14 @@ def _losses(
     if labels is not None and ((validate or VALIDATE) if on_gpu else chosen == "reference"):
         if not torch.compiler.is_compiling():
             autograd.check_labels(labels, first.shape[1], ignore_index)
+    dtype = loss_dtype(first.dtype)
+    scale = None
+    if process_group is not None:
+        counts = _counts(first, spatial, labels, class_weight, pixel_weight, ignore_index, mask_soft)
+        divisors = mean_over_ranks(counts, process_group)
+        label, soft = (1 / divisors).masked_fill(divisors == 0, 0).to(dtype)
+        scale = torch.stack([label] + [soft] * len(teachers)).unsqueeze(1)
+        reduction = "sum"
     if chosen == "reference":
         losses = reference.exit_loss_matrix(
             exits,
@@ -546,6 +579,8 @@ def _losses(
             reduction=reduction,
             detach_teacher=detach_teacher,
         )
+        if scale is not None:
+            losses = losses * scale
         return _weighted(losses.flatten(0, 1), weights) if weights else losses.new_zeros(()), losses
 
     for argument, t in (("pixel_weight", pixel_weight), ("class_weight", class_weight)):
@@ -560,7 +595,6 @@ def _losses(
             for z in exits
         ]
     as_4d = [_as_4d(z) for z in exits]
-    dtype = loss_dtype(first.dtype)
     options = Options(
         teachers=teachers,
         temperature=float(temperature),
@@ -579,6 +613,7 @@ def _losses(
         None if labels is None else _map_as_3d(labels),
         None if class_weight is None else class_weight.to(dtype).contiguous(),
         None if pixel_weight is None else _map_as_3d(pixel_weight.to(dtype)),
+        scale,
         tuple(weights) if weights is not None and reduction != "none" else (),
         options,
     )
@@ -586,6 +621,34 @@ def _losses(
         losses = losses.reshape(*losses.shape[:3], *spatial)
         total = _weighted(losses.flatten(0, 1), weights) if weights else total
     return total, losses
+
+
+def _counts(
+    first: Tensor,
+    spatial: tuple[int, ...],
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    mask_soft: bool,
+) -> Tensor:
+    """(2,): what the sums of label losses and of soft losses are divided by, for the pixels of this process."""
+    dtype = count_dtype(first.device)
+    if pixel_weight is None:
+        soft = first.new_full((), first.shape[0] * math.prod(spatial), dtype=dtype)
+    else:
+        soft = pixel_weight.sum(dtype=dtype)
+    if labels is None:
+        return torch.stack([torch.zeros_like(soft), soft])
+    classes = labels.long()
+    ignored = classes == ignore_index
+    weight = ~ignored if pixel_weight is None else pixel_weight.masked_fill(ignored, 0)
+    label = counted = weight.sum(dtype=dtype)
+    if class_weight is not None:
+        nowhere = ignored | (classes < 0) | (classes >= first.shape[1])  # a label out of range is the launch's to tell
+        class_weight = class_weight.to(loss_dtype(first.dtype))
+        label = (weight * class_weight[classes.masked_fill(nowhere, 0)]).sum(dtype=dtype)
+    return torch.stack([label, counted if mask_soft else soft])
 
 
 def _row_sum(exits: Sequence[Tensor], weights: list[float], labels: Tensor | None = None, **options: Any) -> Tensor:

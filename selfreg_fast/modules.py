@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional
+from .distributed import Group
 
 
 class SelfRegulationLoss(nn.Module):
@@ -23,8 +24,8 @@ class SelfRegulationLoss(nn.Module):
 
     Args:
         mea_weight, sr_f_weight, sr_l_weight, seg_weight, cls_weight, temperature, renormalize, target, ignore_index,
-            label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, backend, validate: as in
-            :func:`selfreg_fast.self_regulation_loss`, same defaults.
+            label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, process_group, backend,
+            validate: as in :func:`selfreg_fast.self_regulation_loss`, same defaults.
         class_weight: (C,) floating, kept as a buffer that moves with the module but is not saved with it.
         image_level_sr_l: True: SR-L is :func:`selfreg_fast.presence_distillation_loss` of the image-level predictions
             instead of the loss between logits.
@@ -57,6 +58,7 @@ class SelfRegulationLoss(nn.Module):
         reduction: str = "mean",
         detach_teacher: bool = True,
         image_level_sr_l: bool = False,
+        process_group: Group = None,
         backend: str = "auto",
         validate: bool = False,
     ) -> None:
@@ -77,6 +79,7 @@ class SelfRegulationLoss(nn.Module):
             "align_corners": align_corners,
             "reduction": reduction,
             "detach_teacher": detach_teacher,
+            "process_group": process_group,
             "backend": backend,
             "validate": validate,
         }
@@ -132,7 +135,7 @@ class SelfRegulationLoss(nn.Module):
         if self.image_level_sr_l and self.sr_enabled and sr_l_weight is not None:
             if image_logits is None:
                 raise ValueError("image_logits: expected one (B, K) tensor for each exit (image_level_sr_l), got None")
-            sr_l = functional.presence_distillation_loss(image_logits)
+            sr_l = functional.presence_distillation_loss(image_logits, process_group=options["process_group"])
             output = output._replace(total=output.total + sr_l_weight * sr_l, sr_l=sr_l)
         return output
 

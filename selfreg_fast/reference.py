@@ -42,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import Group, check_group, count_dtype, mean_over_ranks
+
 __all__ = [
     "SelfRegulationOutput",
     "exit_loss_matrix",
@@ -100,11 +102,13 @@ def exit_loss_matrix(
     mask_soft: bool = False,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
 ) -> Tensor:
     """`losses[0, i]`: label loss of exit i; `losses[1 + r, i]`: loss of exit i taught by exit `teachers[r]`.
 
     See :func:`selfreg_fast.exit_loss_matrix` for the arguments.
     """
+    check_group(process_group, reduction)
     exits = _at_output_size(exits, labels, size, align_corners)
     first = exits[0]
     weight = torch.ones_like(first[:, 0]) if pixel_weight is None else pixel_weight.to(first.dtype)
@@ -112,7 +116,7 @@ def exit_loss_matrix(
     soft_weight, rows = weight, []
 
     if labels is None:
-        rows.append([_reduce(zero, zero, weight, reduction)] * len(exits))
+        rows.append([_reduce(zero, zero, zero.sum(), reduction)] * len(exits))
     else:
         labels = labels.long()
         valid = labels != ignore_index
@@ -127,6 +131,7 @@ def exit_loss_matrix(
             norm = label_weight * class_weight[torch.where(valid & known, labels, 0)]
         else:
             norm = label_weight
+        divisor = _divisor(norm, process_group)
         row = []
         for z in exits:
             ce = F.cross_entropy(
@@ -137,9 +142,10 @@ def exit_loss_matrix(
                 label_smoothing=label_smoothing,
                 reduction="none",
             )
-            row.append(_reduce(ce.masked_fill(unknown, math.nan), label_weight, norm, reduction))
+            row.append(_reduce(ce.masked_fill(unknown, math.nan), label_weight, divisor, reduction))
         rows.append(row)
 
+    divisor = _divisor(soft_weight, process_group)
     counted = [_where_counted(z, soft_weight) for z in exits]
     for t in teachers:
         teacher = counted[t].detach() if detach_teacher else counted[t]
@@ -150,7 +156,7 @@ def exit_loss_matrix(
                 loss = soft_cross_entropy(
                     student, teacher, temperature=temperature, renormalize=renormalize, target=target
                 )
-            row.append(_reduce(loss, soft_weight, soft_weight, reduction))
+            row.append(_reduce(loss, soft_weight, divisor, reduction))
         rows.append(row)
     return torch.stack([torch.stack(row) for row in rows])
 
@@ -166,6 +172,7 @@ def sr_f_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
 ) -> Tensor:
     """SR-F = sum_{i >= 1} L(exit 0 -> exit i): the shallowest exit teaches every deeper one its details."""
     return exit_loss_matrix(
@@ -179,6 +186,7 @@ def sr_f_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         detach_teacher=detach_teacher,
+        process_group=process_group,
     )[1].sum(0)
 
 
@@ -193,6 +201,7 @@ def sr_l_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
 ) -> Tensor:
     """SR-L = sum_{k < N-1} L(exit N-1 -> exit k): the deepest exit teaches every shallower one its semantics."""
     return exit_loss_matrix(
@@ -206,6 +215,7 @@ def sr_l_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         detach_teacher=detach_teacher,
+        process_group=process_group,
     )[1].sum(0)
 
 
@@ -221,6 +231,7 @@ def mea_loss(
     align_corners: bool = False,
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
+    process_group: Group = None,
 ) -> Tensor:
     """MEA, segmentation part = sum_i exit_weights_i CE(exit i, labels): every exit learns from the labels."""
     row = exit_loss_matrix(
@@ -233,6 +244,7 @@ def mea_loss(
         align_corners=align_corners,
         pixel_weight=pixel_weight,
         reduction=reduction,
+        process_group=process_group,
     )[0]
     weights = [1.0] * len(logits) if exit_weights is None else exit_weights
     return sum((w * loss for w, loss in zip(weights, row, strict=True)), start=torch.zeros_like(row[0]))
@@ -246,15 +258,22 @@ def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255
     return present.scatter_(1, torch.where(valid, flat, num_classes), 1.0)[:, :num_classes]
 
 
-def presence_loss(image_logits: Sequence[Tensor], presence: Tensor) -> Tensor:
+def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_group: Group = None) -> Tensor:
     """MEA, image-level part = sum_i BCE(sigmoid(image_logits_i), presence), each a mean over images and classes."""
-    losses = [F.binary_cross_entropy_with_logits(z, presence.to(z.dtype)) for z in image_logits]
-    return torch.stack(losses).sum()
+    check_group(process_group)
+    images = presence.shape[0]
+    how = "mean" if images > 0 else "sum"  # the mean over no image would be NaN
+    losses = [F.binary_cross_entropy_with_logits(z, presence.to(z.dtype), reduction=how) for z in image_logits]
+    loss = torch.stack(losses).sum()
+    if process_group is None:
+        return loss
+    of_all = mean_over_ranks(loss.new_full((), images, dtype=count_dtype(loss.device)), process_group)
+    return loss * (images / of_all).to(loss.dtype) if images > 0 else loss
 
 
-def presence_distillation_loss(image_logits: Sequence[Tensor]) -> Tensor:
+def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group: Group = None) -> Tensor:
     """The published code's SR-L = sum_{k < N-1} BCE(sigmoid(image_logits_k), sigmoid(image_logits_{N-1}).detach())."""
-    return presence_loss(image_logits[:-1], image_logits[-1].detach().sigmoid())
+    return presence_loss(image_logits[:-1], image_logits[-1].detach().sigmoid(), process_group=process_group)
 
 
 def self_regulation_loss(
@@ -281,6 +300,7 @@ def self_regulation_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     detach_teacher: bool = True,
+    process_group: Group = None,
 ) -> SelfRegulationOutput:
     """total = mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L, with MEA = seg_weight CE + cls_weight BCE.
 
@@ -293,6 +313,7 @@ def self_regulation_loss(
         "align_corners": align_corners,
         "pixel_weight": pixel_weight,
         "reduction": reduction,
+        "process_group": process_group,
     }
     soft: dict[str, Any] = {
         "temperature": temperature,
@@ -314,7 +335,7 @@ def self_regulation_loss(
         if image_logits is not None:
             if presence is None:
                 presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
-            mea = mea + cls_weight * presence_loss(image_logits, presence)
+            mea = mea + cls_weight * presence_loss(image_logits, presence, process_group=process_group)
     if sr_f_weight is not None:
         sr_f = sr_f_loss(logits if features is None else features, **soft, **resize)
     if sr_l_weight is not None:
@@ -345,13 +366,18 @@ def _where_counted(z: Tensor, weight: Tensor) -> Tensor:
     return z.masked_fill((weight == 0).unsqueeze(1), 0)
 
 
-def _reduce(loss: Tensor, weight: Tensor, norm: Tensor, reduction: str) -> Tensor:
-    """The weighted map, its sum, or its sum over that of `norm`; 0 where nothing counts."""
+def _divisor(norm: Tensor, process_group: Group) -> Tensor:
+    """M: the sum of `norm`; with a process group the mean of the ranks' sums, see :mod:`selfreg_fast.distributed`."""
+    total = norm.sum()
+    return total if process_group is None else mean_over_ranks(total, process_group).to(total.dtype)
+
+
+def _reduce(loss: Tensor, weight: Tensor, divisor: Tensor, reduction: str) -> Tensor:
+    """The weighted map, its sum, or its sum over `divisor`; 0 where nothing counts."""
     loss = loss * weight
     if reduction == "none":
         return loss
     total = loss.sum()
     if reduction == "sum":
         return total
-    divisor = norm.sum()
     return torch.where(divisor == 0, 0.0 * total, total / torch.where(divisor == 0, 1, divisor))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfreg_fast.ops import resizes
 
@@ -153,6 +153,22 @@ def upstream(kind: str, out: Tensor, seed: int = 4) -> Tensor:
         g = torch.randn(out.shape, generator=generator(seed), dtype=torch.float64) - 0.25
         return g.to(device=out.device, dtype=out.dtype)
     return torch.tensor(-0.7, dtype=out.dtype, device=out.device).expand(out.shape)
+
+
+class Network(nn.Module):
+    """Three exits (B, 5, h/2, w/2) of images (B, 3, h, w), each a convolution further; without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(c, 8, 3, padding=1, stride=s) for c, s in ((3, 2), (8, 1), (8, 1))])
+        self.heads = nn.ModuleList([nn.Conv2d(8, 5, 1) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        exits = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            x = stage(x).relu()
+            exits.append(head(x))
+        return exits
 
 
 # ------------------------------------------------------------------------------------------------- losses, gradients
