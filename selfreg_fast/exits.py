@@ -70,7 +70,7 @@ class MultiExit(nn.Module):
 
     An exit is a 1x1 conv to `feature_channels`, whose result is the exit's feature map, and a head on that map. (The
     heads stand on the projections, not beside them, so that the projections learn to be useful even where they teach,
-    and have a gradient in every step, SR-F or not: DDP needs no `find_unused_parameters`.)
+    and have a gradient in every step, SR-F or not: for the exits, DDP needs no `find_unused_parameters`.)
 
     In evaluation mode the model is the network: same output, no exit computed; :meth:`all_exits` computes them there,
     too. :meth:`unwrap` removes all traces. `state_dict` has the network's keys after "network."; `load_state_dict`
@@ -103,8 +103,8 @@ class MultiExit(nn.Module):
             of order, or whose output is changed in place later; outputs in which there is no map, or no logits of
             `num_classes` channels.
 
-    Forward passes of one model do not run concurrently (nn.DataParallel; DDP is fine), nor under reentrant checkpoints
-    around a stage (`use_reentrant=False` is fine): both are errors that say so.
+    A second forward pass of the model while one is running (nn.DataParallel; DDP is fine) and reentrant checkpoints
+    around a stage (`use_reentrant=False` is fine) are errors that say so.
     """
 
     def __init__(
