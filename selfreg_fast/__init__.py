@@ -3,9 +3,9 @@
 `selfreg_fast.reference` holds the same functions in plain PyTorch, which is the specification.
 """
 
-from . import reference
+from . import exits, reference
 from .backends import backends
-from .exits import ExitHead
+from .exits import ExitHead, MultiExit, MultiExitOutput
 from .functional import (
     SelfRegulationOutput,
     exit_loss_matrix,
@@ -23,10 +23,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExitHead",
+    "MultiExit",
+    "MultiExitOutput",
     "SelfRegulationLoss",
     "SelfRegulationOutput",
     "backends",
     "exit_loss_matrix",
+    "exits",
     "mea_loss",
     "presence_distillation_loss",
     "presence_loss",
