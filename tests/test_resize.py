@@ -168,3 +168,18 @@ def test_constant_exits_of_huge_outputs(backend: Backend, threads: None) -> None
     actual = value_and_gradients(lambda e: srf.sr_l_loss(e, temperature=2.0, size=size, backend="cpu"), large)
     assert_close(actual[0], expected[0], 1e-6)
     assert_close(actual[1].sum((2, 3)), expected[1].sum((2, 3)), 1e-4)
+
+
+def test_scratch_memory_decides_nothing(backend: Backend) -> None:
+    """The same bits whatever was in the memory that a launch takes for itself."""
+    exits = make_exits(3, (2, 11, 16, 16), device=backend.device, sizes=[(8, 8), (4, 4), (2, 2)])
+    labels = make_labels((2, 16, 16), 11, device=backend.device)
+
+    def run(before: float) -> list[torch.Tensor]:
+        for n in range(6, 20):
+            torch.full((2**n,), before)
+        return value_and_gradients(lambda e: srf.mea_loss(e, labels, backend=backend.name), exits)
+
+    first = run(0.0)
+    for before in (float("nan"), float("inf"), 0.0) * (1 if backend.interpreted else 10):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(before), strict=True))
