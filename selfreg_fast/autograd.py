@@ -13,6 +13,8 @@ from .ops import Options
 
 # Whether the backward that runs was asked to retain its graph. torch's own, but not public: it may go.
 _KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+# Whether torch.func transforms this call; without it, torch's own error says less.
+_IN_FUNCTORCH = getattr(torch._C, "_are_functorch_transforms_active", None)
 
 
 def exit_loss(
@@ -30,6 +32,8 @@ def exit_loss(
     With `weights`, the gradients of the total are written by the forward launch itself. `scale` (T + 1, 1) multiplies
     the losses' rows, and the total and the gradients accordingly.
     """
+    if _IN_FUNCTORCH is not None and not torch.compiler.is_compiling() and _IN_FUNCTORCH():
+        raise RuntimeError("selfreg_fast: the fused losses do not work under torch.func; pass backend='reference'")
     wanted: tuple[int, ...] = ()
     if torch.is_grad_enabled():
         wanted = tuple(

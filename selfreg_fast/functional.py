@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -483,7 +483,7 @@ def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255
         On a CPU, also a ValueError for a label outside [0, K) that is not ignored.
     """
     _check_label_dtype(labels)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    if not _is_integer(num_classes) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         autograd.check_labels(labels, num_classes, ignore_index)
@@ -525,8 +525,18 @@ def _losses(
     _require_number(label_smoothing, "label_smoothing")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not _is_integer(ignore_index):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    ignore_index = int(ignore_index)
+    for option, value in (
+        ("renormalize", renormalize),
+        ("align_corners", align_corners),
+        ("mask_soft", mask_soft),
+        ("detach_teacher", detach_teacher),
+        ("validate", validate),
+    ):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option}: expected True or False, got {value!r}")
     teachers = _check_teachers(teachers, n)
     check_group(process_group, reduction)
 
@@ -718,11 +728,11 @@ def _output_spatial(
     """The spatial shape at which the losses are computed."""
     first = exits[0]
     if size is not None:
-        if not isinstance(size, (list, tuple)) or not all(isinstance(d, int) and d > 0 for d in size):
+        if not isinstance(size, (list, tuple)) or not all(_is_integer(d) and d > 0 for d in size):
             raise ValueError(f"size: expected a pair of positive integers (H, W), got {size!r}")
         if len(size) != first.dim() - 2 or (first.dim() != 4 and tuple(size) != first.shape[2:]):
             raise ValueError(f"size: {size!r} does not fit {name} of shape {_shape(first)}; only 4-d exits are resized")
-        return tuple(size)
+        return tuple(size) if any(isinstance(d, torch.SymInt) for d in size) else tuple(int(d) for d in size)
     if first.dim() != 4:
         return tuple(first.shape[2:])
     if labels is not None:
@@ -751,14 +761,12 @@ def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) ->
 
 
 def _check_teachers(teachers: Sequence[int], n: int) -> tuple[int, ...]:
-    if not isinstance(teachers, (list, tuple, range)) or any(
-        isinstance(t, bool) or not isinstance(t, int) for t in teachers
-    ):
+    if not isinstance(teachers, (list, tuple, range)) or not all(_is_integer(t) for t in teachers):
         raise TypeError(f"teachers: expected a sequence of exit indices, got {teachers!r}")
     for t in teachers:
         if not -n <= t < n:
             raise ValueError(f"teachers: expected indices of the {n} exits, in [{-n}, {n}), got {t}")
-    counted = tuple(t % n for t in teachers)
+    counted = tuple(int(t) % n for t in teachers)
     if len(set(counted)) != len(counted):
         raise ValueError(f"teachers: expected distinct exits, got {tuple(teachers)}")
     return counted
@@ -787,6 +795,8 @@ def _exit_weights(exit_weights: Sequence[float] | None, n: int) -> list[float]:
 def _require_tensor(t: Tensor, name: str, floating: bool = False) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
     if floating and not t.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
 
@@ -799,6 +809,14 @@ def _require_device(t: Tensor, name: str, first: Tensor) -> None:
 def _require_number(x: float, name: str) -> None:
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    try:
+        float(x)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that float64 has, got one larger than 1e308") from None
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
 def _require_choice(x: str, name: str, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -130,7 +131,23 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (_matrix, {"labels": LABELS.to("meta")}, ValueError, "labels: expected device cpu.*got meta"),
     (_matrix, {"pixel_weight": torch.ones(2, 4, 6, device="meta")}, ValueError, "pixel_weight: .*cpu.*got meta"),
     (_matrix, {"class_weight": torch.ones(5, device="meta")}, ValueError, "class_weight: .*cpu.*got meta"),
+    # tensors of another kind
+    (_matrix, {"exits": [z.to_sparse() for z in EXITS]}, TypeError, r"exits\[0\]: expected a dense tensor.*sparse_coo"),
+    (_matrix, {"exits": [EXITS[0], EXITS[1].to_mkldnn()]}, TypeError, r"exits\[1\]: expected a dense tensor.*mkldnn"),
+    (_matrix, {"labels": LABELS.to_sparse()}, TypeError, "labels: expected a dense tensor, got torch.sparse_coo"),
+    (
+        _matrix,
+        {"exits": [torch.nested.nested_tensor(list(z), layout=torch.jagged) for z in EXITS]},
+        TypeError,
+        r"exits\[0\]: expected a dense tensor, got a nested one",
+    ),
     # numbers and choices
+    *[
+        (_matrix, {option: value}, TypeError, f"{option}: expected True or False, got {value!r}")
+        for option in ("renormalize", "align_corners", "mask_soft", "detach_teacher", "validate")
+        for value in ("no", None)
+    ],
+    (_matrix, {"temperature": 10**400}, ValueError, "temperature: expected a number that float64 has"),
     *[
         (f, {"temperature": tau}, ValueError, f"temperature: expected a finite number > 0, got {tau}")
         for f in (_matrix, _total)
@@ -222,6 +239,14 @@ def test_what_backends_says_is_what_a_call_meets() -> None:
     else:
         with pytest.raises(RuntimeError, match=re.escape(state["cpu"])):
             _matrix(backend="cpu")
+
+
+def test_integers_of_numpy() -> None:
+    """They are integers wherever one is expected."""
+    one, two = np.int64(1), np.int32(2)
+    given = _matrix(labels=None, teachers=[one], size=(one, two), temperature=np.float32(2), ignore_index=two)
+    assert torch.equal(given, _matrix(labels=None, teachers=[1], size=(1, 2), temperature=2.0, ignore_index=2))
+    assert srf.presence_vector(LABELS, np.int64(5)).shape == (2, 5)
 
 
 def test_weights_that_want_a_gradient_are_refused(backend: Backend) -> None:
