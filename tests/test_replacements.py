@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -172,6 +174,15 @@ def test_the_fused_loss_replaces_the_plain_one(backend: Backend, name: str) -> N
     assert any(g.any() for g in expected)
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, DOUBLE)
+
+
+def test_the_readme_has_these_rows() -> None:
+    """Every line of its table is a row here."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[readme.index("### Replace this by that") :].split("\n\n")[2]
+    shown = [tuple(re.findall(r"`([^`]+)`", line)[:2]) for line in table.splitlines()[2:]]
+    assert len(shown) >= 10
+    assert set(shown) <= {(row.plain, row.fused) for row in ROWS.values()}
 
 
 def test_the_trap_of_255(backend: Backend) -> None:
