@@ -371,7 +371,7 @@ class _Resized:
         """`small`: which they are; `shape`: (B, C, H, W) of the output; `whole`: rows may be held in registers."""
         B, C, H, W = shape
         self.shape = shape
-        self.tile = R, X = resized_tile(H, W)
+        self.tile = R, X = resized_tile(H, W, C)
         down, across = triton.cdiv(H, R), triton.cdiv(W, X)
         self.tiles = down * across
         self.collected = [i for i in small if i in wanted]
@@ -428,10 +428,11 @@ def most(count: int, size: int, to: int, align_corners: bool) -> int:
     return min(size, (min(count, to) - 1) * step // unit + 3)
 
 
-def resized_tile(H: int, W: int) -> tuple[int, int]:
+def resized_tile(H: int, W: int, C: int) -> tuple[int, int]:
     """Rows and columns of a tile: products on tensor cores sum over 16 at least."""
     if TRITON_INTERPRETED:
-        return min(64, triton.next_power_of_2(H)), min(128, triton.next_power_of_2(W))
+        rows, most_columns = min(64, triton.next_power_of_2(H)), (1 << 12) // min(triton.next_power_of_2(C), 32)
+        return rows, min(most_columns, triton.next_power_of_2(W))
     return 16, 16
 
 

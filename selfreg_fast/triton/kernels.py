@@ -507,8 +507,8 @@ def exit_rows_kernel(
                     if X:
                         grad = _channels_of(grad, 0.0, True, LAST)
                         resize.put(
-                            grad, grads, strides, resized, reduce, i, b, y0, x0, H, W, 0, C, inside, FULL, SAME, X, L,
-                            BC, BP, WIDE, EXACT,
+                            grad, picked(grads, i), strides, resized, reduce, i, b, y0, x0, H, W, 0, C, inside, FULL,
+                            SAME, X, L, BC, BP, WIDE, EXACT,
                         )  # fmt: skip
                     else:
                         _put(grad, to, grad_step, grad_tile, inside, room, k, K, LAST, ORDER, BP, BC)
@@ -848,8 +848,8 @@ def exit_blocks_kernel(
                     if X:
                         grad = tl.where(written, grad, 0.0)
                         resize.put(
-                            grad, grads, strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, inside, FULL, SAME, X,
-                            L, BC, BP, WIDE, EXACT,
+                            grad, grads[i], strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, inside, FULL, SAME,
+                            X, L, BC, BP, WIDE, EXACT,
                         )  # fmt: skip
                     else:
                         to = grads[i] + (first[(N + i) % S] + c0 * step[(N + i) % S]) + tile[(N + i) % S]

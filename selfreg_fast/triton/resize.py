@@ -247,20 +247,20 @@ def _matrix(places, weights, start, size, FROM: tl.constexpr, TO: tl.constexpr):
 
 @triton.jit
 def put(
-    grad, grads, strides, resized, the_matrices, i, b, y0, x0, H, W, c0, C, inside, FULL: tl.constexpr,
+    grad, to, strides, resized, the_matrices, i, b, y0, x0, H, W, c0, C, inside, FULL: tl.constexpr,
     SAME: tl.constexpr, X: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile's gradient [BC, BP] of channels from c0 on; what it is at the exit's own size, to the tile's copy.
+    """Writes a tile's gradient [BC, BP] of channels from c0 on: to its place in `to`, or summed up to the tile's copy.
 
     It is 0 where there is no pixel.
     """
     sizes, places, weights, copies = resized
-    N: tl.constexpr = len(grads)
+    N: tl.constexpr = len(sizes)
     R: tl.constexpr = BP // X
     if FULL != 0 and (FULL >> i) & 1 != 0:
         step_b, step_c, step_h, step_w = row_of(strides, i if len(strides) == 1 else N + i)
-        to = picked(grads, i) + b * step_b + c0 * step_c
+        to += b * step_b + c0 * step_c
         channel = tl.arange(0, BC)
         at = (channel * step_c)[:, None] + _in_image(step_h, step_w, y0, x0, X, BP)[None, :]
         tl.store(to + at, grad.to(to.dtype.element_ty), mask=(c0 + channel < C)[:, None] & inside[None, :])
