@@ -396,13 +396,14 @@ class _Resized:
             self.sizes, self.places, weights, H, W, int(align_corners), R=R, X=X, BLOCK=block, **FUSED
         )
         self.arguments = (self.sizes, self.places, weights, self.copies)
+        reached = max(8, triton.next_power_of_2(widest))
         one_size = len({tuple(exits[i].shape[2:]) for i in small}) == 1
         self.config = {
-            **resized_tiles(C, dtype, R * X, whole),
+            **resized_tiles(C, dtype, R * X, reached, whole),
             "FULL": sum(1 << i for i in range(len(exits)) if i not in small),
             "SAME": small[0] if one_size else -1,
             "X": X,
-            "L": max(8, triton.next_power_of_2(widest)),
+            "L": reached,
             "ROWWISE": False,
             "WIDE": reach >= 2**31,
         }
@@ -436,10 +437,13 @@ def resized_tile(H: int, W: int, C: int) -> tuple[int, int]:
     return 16, 16
 
 
-def resized_tiles(C: int, dtype: torch.dtype, pixels: int, whole: bool) -> dict[str, Any]:
-    """Tiles of the main kernel: all channels of a pixel in one thread, where they may be and fit, else some of them."""
+def resized_tiles(C: int, dtype: torch.dtype, pixels: int, reached: int, whole: bool) -> dict[str, Any]:
+    """Tiles of the main kernel: all channels of a pixel in one thread, where they may be and fit, else some of them.
+
+    In shared memory is a patch of `reached` rows and columns, of as many channels.
+    """
     row = {"BP": pixels, "ORDER": PIXELS, "num_warps": 8, "num_stages": 1}
-    if whole and C <= 32:
+    if whole and C <= 32 and (reached <= 16 or TRITON_INTERPRETED):
         return {"BC": triton.next_power_of_2(C), "K": 1, "LAST": C, "VEC": 1, **row}
     channels = 4 if dtype == torch.float64 else 8
     if TRITON_INTERPRETED:
