@@ -35,7 +35,8 @@ def resizes(backend: str, exit_size: Sequence[int], size: Sequence[int]) -> bool
 
     On a GPU, exits larger than the output are left to `F.interpolate`: what it makes of them is no larger than they.
     """
-    return backend == "cpu" or (backend == "cuda" and exit_size[0] <= size[0] and exit_size[1] <= size[1])
+    smaller = exit_size[0] <= size[0] and exit_size[1] <= size[1]
+    return backend == "cpu" or (backend in ("cuda", "triton") and smaller)
 
 
 class Options(NamedTuple):

@@ -50,12 +50,22 @@ def _only_where_kernels_interpolate(backend: Backend) -> None:
         pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
 
 
+@pytest.fixture
+def not_all(backend: Backend, request: pytest.FixtureRequest) -> bool:
+    """Whether a test is to leave out some of its cases: Triton's interpreter takes seconds for one."""
+    return backend.interpreted and not request.config.getoption("--all-interpreted")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("name", SIZES)
-def test_every_ratio(backend: Backend, name: str, align_corners: bool, dtype: torch.dtype, threads: None) -> None:
+def test_every_ratio(
+    backend: Backend, name: str, align_corners: bool, dtype: torch.dtype, threads: None, not_all: bool
+) -> None:
     """Value and gradients, of layouts, targets and numbers of channels in turn."""
     sizes, size = SIZES[name]
+    if not_all and dtype != DTYPES[(list(SIZES).index(name) // 2 + 2 * align_corners) % len(DTYPES)]:
+        pytest.skip("triton, interpreted: one dtype of each ratio")
     if dtype != torch.float64 and not backend.resizes(sizes, size):
         pytest.skip(f"{backend.name}: F.interpolate rounds positions, and of halves the logits")
     number = list(SIZES).index(name) + 4 * align_corners + dtype.itemsize
@@ -90,8 +100,10 @@ def test_every_ratio(backend: Backend, name: str, align_corners: bool, dtype: to
 
 @pytest.mark.parametrize("detach_teacher", [True, False])
 @pytest.mark.parametrize("channels", [8, 24, 25, 33, 150, 300, 600])
-def test_every_number_of_channels(backend: Backend, channels: int, detach_teacher: bool) -> None:
+def test_every_number_of_channels(backend: Backend, channels: int, detach_teacher: bool, not_all: bool) -> None:
     """Rows of channels that stay in registers, are spread over warps or read block by block; an exit of full size."""
+    if not_all and channels not in (25, 150):
+        pytest.skip("triton, interpreted: one number that rows are held of, and one that they are not")
     if not backend.fused:
         pytest.skip("reference: F.interpolate rounds positions")
     size, sizes = (19, 37), [(5, 9), (19, 37), (1, 18)]

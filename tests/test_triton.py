@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 Report = dict[str, Any]
+
+EIGHTH: Report = {"size": (2, 64, 128), "exit_sizes": [(8, 16)] * 5}
 
 # What compiles: C, dtype, and how it differs from five exits, of which the first and the last teach, with labels, of a
 # size that vectors of 4 divide.
@@ -45,6 +48,9 @@ LAUNCHES: dict[str, Report] = {
     "150-float64": {"channels": 150, "dtype": "float64"},
     "150-bfloat16-channels_last": {"channels": 150, "dtype": "bfloat16", "channels_last": True},
     "1000-float32": {"channels": 1000, "dtype": "float32"},
+    "19-bfloat16-resized": {"channels": 19, "dtype": "bfloat16", **EIGHTH},
+    "21-float32-resized": {"channels": 21, "dtype": "float32", "temperature": 2.0, **EIGHTH},
+    "21-float32-resized-learning": {"channels": 21, "dtype": "float32", "temperature": 2.0, "detach": False, **EIGHTH},
 }
 
 
@@ -65,15 +71,15 @@ def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> Non
 
 def test_crops_of_any_size_need_no_further_compilation() -> None:
     """20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights."""
-    counts: dict[str, int] = _in_a_process_of_its_own("crops")
-    assert counts["exit_rows_kernel"] >= 1
-    assert all(count <= 3 for count in counts.values()), counts
+    for counts in _in_a_process_of_its_own("crops"):  # of exits of the output's size; of exits of an eighth of it
+        assert counts["exit_rows_kernel"] >= 1
+        assert all(count <= 3 for count in counts.values()), counts
 
 
 def test_warmup_compiles_what_a_step_needs() -> None:
     """After `warmup`, a step on real sizes compiles nothing."""
     before, after = _in_a_process_of_its_own("warmup")
-    assert before["exit_rows_kernel"] == 1
+    assert before["exit_rows_kernel"] == 2
     assert before == after
 
 
@@ -129,7 +135,9 @@ def _compile_only() -> Any:
 def _kernels(launchers: Any) -> dict[str, Any]:
     from triton.runtime.jit import JITFunction
 
-    return {name: kernel for name, kernel in vars(launchers.kernels).items() if isinstance(kernel, JITFunction)}
+    modules = (launchers.kernels, launchers.resize)
+    found = {name: kernel for module in modules for name, kernel in vars(module).items()}
+    return {name: kernel for name, kernel in found.items() if isinstance(kernel, JITFunction)}
 
 
 def _binaries(launchers: Any) -> list[tuple[str, Any]]:
@@ -147,7 +155,7 @@ def _counts(launchers: Any) -> dict[str, int]:
 
 def _step(
     launchers: Any,
-    size: tuple[int, int, int],
+    size: Sequence[int],
     channels: int,
     dtype: str,
     *,
@@ -161,13 +169,17 @@ def _step(
     reduction: int = 0,
     ignore_index: int = 255,
     weight: float = 0.8,
+    exit_sizes: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Five exits of one training step: forward and gradient."""
     import torch
 
     b, h, w = size
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    exits = [torch.empty((b, channels, h, w), dtype=getattr(torch, dtype), memory_format=layout) for _ in range(5)]
+    exits = [
+        torch.empty((b, channels, *s), dtype=getattr(torch, dtype), memory_format=layout)
+        for s in exit_sizes or [(h, w)] * 5
+    ]
     accurate = torch.float64 if dtype == "float64" else torch.float32
     labels = torch.zeros(size, dtype=torch.int64)
     class_weight = torch.ones(channels, dtype=accurate) if weights else None
@@ -209,22 +221,30 @@ def _launches(launchers: Any) -> dict[str, list[Report]]:
     return result
 
 
-def _crops(launchers: Any) -> dict[str, int]:
+def _crops(launchers: Any) -> list[dict[str, int]]:
     import random
 
     rng = random.Random(0)
     sizes = [(rng.choice((1, 4)), rng.randint(1, 200), rng.randint(1, 200)) for _ in range(16)]
     sizes += [(4, 128, 128), (2, 1, 1), (1, 16, 16), (16, 3, 1)]
-    for i, size in enumerate(sizes):
-        options = {"ignore_index": 255 - i, "weight": 0.1 * i, "temperature": 1.5 + i}
-        _step(launchers, size, 21, "float32", **options)
-    return _counts(launchers)
+    result = []
+    for part in (1, 8):
+        for kernel in _kernels(launchers).values():
+            kernel.device_caches.clear()
+        for i, size in enumerate(sizes):
+            exit_size = tuple(-(-d // part) for d in size[1:])
+            options = {"ignore_index": 255 - i, "weight": 0.1 * i, "temperature": 1.5 + i}
+            _step(launchers, size, 21, "float32", exit_sizes=[exit_size] * 5, **options)
+        result.append(_counts(launchers))
+    return result
 
 
 def _warmup(launchers: Any) -> list[dict[str, int]]:
     launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu")
+    launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu", output_stride=8)
     before = _counts(launchers)
     _step(launchers, (3, 97, 64), 21, "bfloat16")
+    _step(launchers, (3, 97, 64), 21, "bfloat16", exit_sizes=[(13, 8)] * 5)
     return [before, _counts(launchers)]
 
 
@@ -241,7 +261,7 @@ def _strides(launchers: Any) -> dict[str, bool]:
     views = {"near": (1 << 24, 1 << 20, 1024, 1), "far": (1 << 40, 1 << 30, 1024, 1), "far_image": (1 << 33, 64, 8, 1)}
     for name, strides in views.items():
         exit = torch.empty_strided((2, 21, 8, 8), strides, device="meta")
-        sizes, found, order = launchers._runs(exit.shape, [exit], [None])
+        sizes, found, order = launchers._runs(exit.shape, [exit], [exit])
         result[name] = launchers._layout(sizes, found, 4, 128)["WIDE"]
     return result
 

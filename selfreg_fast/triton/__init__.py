@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..backends import TRITON_INTERPRETED
-from . import kernels
+from . import kernels, resize
 
 __all__ = ["exit_loss", "scale_", "warmup"]
 
@@ -51,7 +51,8 @@ def exit_loss(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Losses, their weighted sum, and the gradients of the `wanted` exits: see :func:`selfreg_fast.ops.exit_loss`."""
     first = exits[0]
-    B, C, H, W = first.shape
+    B, C = first.shape[:2]
+    H, W = size
     n, pixels = len(exits), B * H * W
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     entries = (len(teachers) + 1) * n
@@ -63,36 +64,45 @@ def exit_loss(
     losses = first.new_empty(shape, dtype=dtype)
 
     with _on_its_device(first):
-        outs = [grads.get(i) for i in range(n)]
-        sizes, strides, order = _runs(first.shape, exits, outs)
         options = constants(n, teachers, temperature, target, label_smoothing, mask_soft, detach_teacher, bool(wanted))
+        places = [grads.get(i, exits[i]) for i in range(n)]  # each exit's gradient, or what has its strides
         wide = dtype == torch.float64 or options["LEARN"]
-        vector = vector_length(sizes, C, strides, order, [*exits, *grads.values()])
-        plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
-        config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
-        by_row = bool(config)
-        config = config or block_tiles(C, dtype, order)
-        tiles = triton.cdiv(sizes[1] * sizes[2], config["BP"])
-        programs = sizes[0] * tiles
+        small = [i for i in range(n) if tuple(exits[i].shape[2:]) != (H, W)]
+        resized: _Resized | None = None
+        if small:
+            resized = _Resized(exits, small, wanted, (B, C, H, W), dtype, align_corners, not wide)
+            walk, strides, config = (B, H, W), [list(z.stride()) for z in (*exits, *places)], resized.config
+        else:
+            walk, strides, order = _runs(first.shape, exits, places)
+            vector = vector_length(walk, C, strides, order, [*exits, *grads.values()])
+            plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
+            config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
+            config = config or block_tiles(C, dtype, order)
+            config |= _layout(walk, strides, config["BC"], config["BP"])
+        tiles = resized.tiles if resized else triton.cdiv(walk[1] * walk[2], config["BP"])
+        programs = walk[0] * tiles
         partials = None if reduction == NONE else losses.new_empty((entries, programs))
         norms, gains = _norms(
-            first, labels, class_weight, pixel_weight, ignore_index, mask_soft, reduction, losses,
+            labels, class_weight, pixel_weight, C, pixels, ignore_index, mask_soft, reduction, losses,
             weights if wanted and grad_losses is None else (), grad_losses if wanted else None,
         )  # fmt: skip
         data = (_coded(strides), labels, class_weight, pixel_weight, gains, losses, partials)
-        numbers = (*sizes[1:], tiles, pixels, programs, ignore_index, float(temperature), float(label_smoothing))
-        config |= _layout(sizes, strides, config["BC"], config["BP"])
-        if by_row:
+        numbers = (*walk[1:], tiles, pixels, programs, ignore_index, float(temperature), float(label_smoothing))
+        also = resized.arguments if resized else None
+        if "K" in config:
             options = {key: options[key] for key in ("TEACHERS", "TARGET", "UNIT", "SMOOTH", "MASK_SOFT")}
             options["WANTED"] = sum(1 << i for i in wanted)
-            places = tuple(grads.get(i, exits[i]) for i in range(n)) if wanted else ()
+            outs = tuple(places) if wanted else ()
             kernels.exit_rows_kernel[(programs,)](
-                tuple(exits), places, *data, C, *numbers, **options, **config, **FUSED
+                tuple(exits), outs, *data, also, C, *numbers, **options, **config, **FUSED
             )
         else:
+            given = tuple(grads.get(i) for i in range(n))
             kernels.exit_blocks_kernel[(programs,)](
-                tuple(exits), tuple(outs), *data, C, *numbers, **options, **config, **FUSED
+                tuple(exits), given, *data, also, C, *numbers, **options, **config, **FUSED
             )
+        if resized:
+            resized.collect(places)
         if partials is not None:
             _finish(partials, norms, losses, n)
         if weights:
@@ -132,6 +142,7 @@ def warmup(
     detach_teacher: bool = True,
     memory_format: torch.memory_format = torch.contiguous_format,
     device: torch.device | str | None = None,
+    output_stride: float = 1,
 ) -> None:
     """Compiles what a training step with these options needs, so that its first iteration does not wait.
 
@@ -150,19 +161,21 @@ def warmup(
         detach_teacher: as in the loss.
         memory_format: of the exits.
         device: of the exits; default: the current CUDA device.
+        output_stride: how many times larger than the exits, which then are all of one size, the output is; at least 1.
     """
     if device is None:
         device = "cpu" if TRITON_INTERPRETED else "cuda"
-    shape = (2, num_classes, 8, 8)
+    shape = (2, num_classes, 32, 32)
+    size = (round(32 * output_stride),) * 2
     exits = [torch.zeros(shape, dtype=dtype, device=device).to(memory_format=memory_format) for _ in range(num_exits)]
     accurate = torch.float64 if dtype == torch.float64 else torch.float32
     rows = [t % num_exits for t in teachers]
     weights = [1.0] * ((len(rows) + 1) * num_exits)
-    y = None if labels is None else torch.zeros((2, 8, 8), dtype=labels, device=device)
+    y = None if labels is None else torch.zeros((2, *size), dtype=labels, device=device)
     c = torch.ones(num_classes, dtype=accurate, device=device) if class_weight else None
-    p = torch.ones((2, 8, 8), dtype=accurate, device=device) if pixel_weight else None
+    p = torch.ones((2, *size), dtype=accurate, device=device) if pixel_weight else None
     kind = ARGMAX if target == "argmax" else RENORMALIZED if renormalize else RAW
-    options = (rows, temperature, kind, 255, label_smoothing, False, detach_teacher, MEAN, shape[2:], False)
+    options = (rows, temperature, kind, 255, label_smoothing, False, detach_teacher, MEAN, size, False)
     everyone = range(num_exits)
     if dtype == torch.float16:  # its gradients are computed in the backward
         losses = exit_loss(exits, y, c, p, None, weights, (), *options)[1]
@@ -281,7 +294,7 @@ def constants(
 
 
 def _runs(
-    shape: Sequence[int], exits: Sequence[Tensor], grads: Sequence[Tensor | None]
+    shape: Sequence[int], exits: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[tuple[int, int, int], list[list[int]], int]:
     """The sizes (B, H, W) to walk over, strides of exits and gradients, and what is adjacent in memory.
 
@@ -289,7 +302,7 @@ def _runs(
     follow each other, and to one run in all for channels_last.
     """
     B, C, H, W = shape
-    strides = [list((z if g is None else g).stride()) for z, g in zip([*exits, *exits], [*exits, *grads], strict=True)]
+    strides = [list(z.stride()) for z in (*exits, *grads)]
     if H == 1 or W == 1 or all(s[2] == W * s[3] for s in strides):
         for s in strides:
             s[3] = s[2] if W == 1 else s[3]
@@ -339,14 +352,114 @@ def _pairs(numbers: Sequence[float]) -> tuple[float, ...]:
     return tuple(pairs)
 
 
+# ---- exits smaller than the output -----------------------------------------------------------------------------------
+
+
+class _Resized:
+    """What exits smaller than the output need: tables of where it lies on them, and room for their gradients' parts."""
+
+    def __init__(
+        self,
+        exits: Sequence[Tensor],
+        small: Sequence[int],
+        wanted: Sequence[int],
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        align_corners: bool,
+        whole: bool,
+    ) -> None:
+        """`small`: which they are; `shape`: (B, C, H, W) of the output; `whole`: rows may be held in registers."""
+        B, C, H, W = shape
+        self.shape = shape
+        self.tile = R, X = resized_tile(H, W, C)
+        down, across = triton.cdiv(H, R), triton.cdiv(W, X)
+        self.tiles = down * across
+        self.collected = [i for i in small if i in wanted]
+        rows, begin, widest, reach = [], 0, 1, 0
+        for i, z in enumerate(exits):
+            h, w = z.shape[2:]
+            copy = most(R, h, H, align_corners), most(X, w, W, align_corners)
+            rows.append((h, w, *copy, begin))
+            if i in small:
+                widest = max(widest, *copy)
+                reach = max(reach, sum(d * s for d, s in zip((C, h, w), z.stride()[1:], strict=True)))
+            if i in self.collected:
+                reach = max(reach, C * copy[0] * across * copy[1])
+                begin += B * self.tiles * C * copy[0] * copy[1]
+        self.sizes = tuple(tuple(2 * x + 3 for x in row) for row in rows)
+        device = exits[0].device
+        self.copies = torch.empty(begin, dtype=dtype, device=device)
+        self.places = torch.empty((3, len(exits), H + W), dtype=torch.int32, device=device)
+        weights = torch.empty((len(exits), H + W), dtype=dtype, device=device)
+        block = 1024
+        resize.axes_kernel[(triton.cdiv(max(H, W), block), len(exits), 2)](
+            self.sizes, self.places, weights, H, W, int(align_corners), R=R, X=X, BLOCK=block, **FUSED
+        )
+        self.arguments = (self.sizes, self.places, weights, self.copies)
+        reached = max(8, triton.next_power_of_2(widest))
+        one_size = len({tuple(exits[i].shape[2:]) for i in small}) == 1
+        self.config = {
+            **resized_tiles(C, dtype, R * X, reached, whole),
+            "FULL": sum(1 << i for i in range(len(exits)) if i not in small),
+            "SAME": small[0] if one_size else -1,
+            "X": X,
+            "L": reached,
+            "ROWWISE": False,
+            "WIDE": reach >= 2**31,
+        }
+
+    def collect(self, grads: Sequence[Tensor]) -> None:
+        """Adds up the parts of the gradients."""
+        if not self.collected:
+            return
+        B, C, H, W = self.shape
+        block = 1 << 14 if TRITON_INTERPRETED else 512
+        sizes = [grads[i].shape[2:] for i in self.collected]
+        programs = max(B * h * triton.cdiv(C * w, block) for h, w in sizes)
+        strides = tuple(tuple(2 * x + 3 for x in g.stride()) for g in grads)
+        resize.collect_kernel[(programs, len(grads))](
+            self.copies, tuple(grads), strides, self.sizes, self.places, B, C, H, W,
+            COLLECTED=sum(1 << i for i in self.collected), R=self.tile[0], X=self.tile[1], BLOCK=block, **FUSED,
+        )  # fmt: skip
+
+
+def most(count: int, size: int, to: int, align_corners: bool) -> int:
+    """The most positions of an exit that `count` neighbouring ones of the output lie on. See csrc/cuda/resize.h."""
+    step, unit = (size - 1, max(to - 1, 1)) if align_corners else (size, to)
+    return min(size, (min(count, to) - 1) * step // unit + 3)
+
+
+def resized_tile(H: int, W: int, C: int) -> tuple[int, int]:
+    """Rows and columns of a tile: products on tensor cores sum over 16 at least."""
+    if TRITON_INTERPRETED:
+        rows, most_columns = min(64, triton.next_power_of_2(H)), (1 << 12) // min(triton.next_power_of_2(C), 32)
+        return rows, min(most_columns, triton.next_power_of_2(W))
+    return 16, 16
+
+
+def resized_tiles(C: int, dtype: torch.dtype, pixels: int, reached: int, whole: bool) -> dict[str, Any]:
+    """Tiles of the main kernel: all channels of a pixel in one thread, where they may be and fit, else some of them.
+
+    In shared memory is a patch of `reached` rows and columns, of as many channels.
+    """
+    row = {"BP": pixels, "ORDER": PIXELS, "num_warps": 8, "num_stages": 1}
+    if whole and C <= 32 and (reached <= 16 or TRITON_INTERPRETED):
+        return {"BC": triton.next_power_of_2(C), "K": 1, "LAST": C, "VEC": 1, **row}
+    channels = 4 if dtype == torch.float64 else 8
+    if TRITON_INTERPRETED:
+        channels = max(channels, (1 << 18) // pixels)
+    return {"BC": min(channels, triton.next_power_of_2(C)), **row}
+
+
 # ---- phases 0 and 3 --------------------------------------------------------------------------------------------------
 
 
 def _norms(
-    first: Tensor,
     labels: Tensor | None,
     class_weight: Tensor | None,
     pixel_weight: Tensor | None,
+    C: int,
+    pixels: int,
     ignore_index: int,
     mask_soft: bool,
     reduction: int,
@@ -355,14 +468,13 @@ def _norms(
     grad_losses: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What label losses and soft losses are multiplied with, [2] float64, and the gains of norms_kernel."""
-    pixels = first.numel() // first.shape[1]
     counts, programs = None, 0
     if reduction == MEAN and (labels is not None or pixel_weight is not None):
         block = 1 << 16 if TRITON_INTERPRETED else 2048
         programs = triton.cdiv(pixels, block)
         counts = losses.new_empty((2, programs))
         kernels.count_kernel[(programs,)](
-            labels, class_weight, pixel_weight, counts, first.shape[1], pixels, programs, ignore_index,
+            labels, class_weight, pixel_weight, counts, C, pixels, programs, ignore_index,
             MASK_SOFT=mask_soft, BP=block, **FUSED,
         )  # fmt: skip
     norms = losses.new_empty(2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The exit-loss matrix in Triton: two kernels for the mathematics, four small ones around them.
+"""The exit-loss matrix in Triton: two kernels for the mathematics, four small ones around them, and two in resize.py.
 
     phase 0   what the means divide by, what a pixel gives to the gradient      count_kernel, norms_kernel
     phase 1   statistics of the teachers, then of every exit                    exit_rows_kernel or exit_blocks_kernel
@@ -7,7 +7,8 @@
 
 `exit_rows_kernel` keeps the channels of a pixel in registers: teachers first, whose target rows stay, then one exit
 after the other, read once. `exit_blocks_kernel` walks over the channels in blocks, twice, with the same block of all
-exits at hand: for rows too long, float64, and teachers that learn, which need all their students' logits at once.
+exits at hand: for rows too long, float64, and teachers that learn, which need all their students' logits at once. With
+X, the columns of a tile, both interpolate exits smaller than the output; how is in resize.py.
 
 Mathematics: csrc/pixel_math.h, derivations: selfreg_fast/reference.py. Notation: m = max_c z_c, y = z - m <= 0,
 e = exp(y), u = exp(y / tau); a teacher's target is q = factor u, and P = sum_c q_c. A, the type of the arithmetic, is
@@ -16,6 +17,9 @@ float32, or float64 for float64 exits.
 
 import triton
 import triton.language as tl
+
+from . import resize
+from .resize import picked, row_of
 
 RAW = tl.constexpr(0)  # sigma(t)^(1/tau), of temperature 1 too
 RENORMALIZED = tl.constexpr(1)  # softmax(t / tau)
@@ -105,15 +109,6 @@ SIZES = ["C", "H", "W", "tiles", "pixels", "programs", "ignore_index", "temperat
 
 
 @triton.jit
-def _picked(things, i):
-    """things[i] for an i of run time."""
-    picked = things[0]
-    for k in tl.static_range(1, len(things)):
-        picked = tl.where(i == k, things[k], picked)
-    return picked
-
-
-@triton.jit
 def _tile(
     strides, i, b, start, W, ORDER: tl.constexpr, ROWWISE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr,
@@ -122,22 +117,17 @@ def _tile(
 
     The first two are scalars in 64 bits. Strides are coded as the launcher says.
     """
-    step_b, step_c, step_h, step_w = (), (), (), ()
-    for s in tl.static_range(len(strides)):
-        step_b += ((strides[s][0].to(tl.int64) >> 1) - 1,)
-        step_c += ((strides[s][1].to(tl.int64) >> 1) - 1,)
-        step_h += ((strides[s][2].to(tl.int64) >> 1) - 1,)
-        step_w += ((strides[s][3].to(tl.int64) >> 1) - 1,)
-    first, step = b * tl.multiple_of(_picked(step_b, i), VEC), _picked(step_c, i)
+    step_b, step, step_h, step_w = row_of(strides, i)
+    first = b * tl.multiple_of(step_b, VEC)
     x = tl.arange(0, BP)
     if ROWWISE:
-        place = (start + x) // W * _picked(step_h, i) + (start + x) % W * _picked(step_w, i)
+        place = (start + x) // W * step_h + (start + x) % W * step_w
     elif ORDER == PIXELS:
         first += start
         place = x.to(tl.int64)
     else:
-        first += start * _picked(step_w, i)
-        place = x * _picked(step_w, i)
+        first += start * step_w
+        place = x * step_w
     if ORDER == PIXELS:
         step = tl.multiple_of(step, VEC)
         tile = place[None, :] + (tl.arange(0, BC) * step)[:, None]
@@ -166,7 +156,7 @@ def _row(
     Where there is no channel they are the lowest number, of which exp is 0 and 0 times which is 0.
     """
     c = tl.arange(0, BC)[:, None]
-    z, y = (), ()
+    z = ()
     for k in tl.static_range(K):
         if ORDER == ROWS:  # read side by side, then exchanged in shared memory: a thread a pixel
             at = tl.arange(0, BP * BC)
@@ -182,7 +172,17 @@ def _row(
                 z_k = tl.load(exit + k * BC * step + tile, mask=read).to(A)
             else:
                 z_k = tl.load(exit + k * BC * step + tile, mask=read, other=0.0).to(A)
-        z += (_channels_of(z_k, LOWEST, k == K - 1, LAST),)
+        z += (z_k,)
+    return _less_maximum(z, LAST)
+
+
+@triton.jit
+def _less_maximum(row, LAST: tl.constexpr):
+    """The tiles of a row less their maximum, and the maximum."""
+    K: tl.constexpr = len(row)
+    z, y = (), ()
+    for k in tl.static_range(K):
+        z += (_channels_of(row[k], LOWEST, k == K - 1, LAST),)
     m = z[0]
     for k in tl.static_range(1, K):
         m = tl.maximum(m, z[k])
@@ -276,6 +276,7 @@ def exit_rows_kernel(
     gains,  # [T + 1, N] of A, see norms_kernel; [T + 1, N, B, H, W] without partials; None without gradients
     losses,  # [T + 1, N, B, H, W] of A, without partials
     partials,  # [T + 1, N, programs] of A, or None
+    resized,  # (sizes, places, weights, copies), see resize.py, or None where all exits have the output's size
     C: tl.int32,
     H: tl.int32,
     W: tl.int64,
@@ -299,6 +300,10 @@ def exit_rows_kernel(
     VEC: tl.constexpr,  # so many neighbours can be accessed at once
     BC: tl.constexpr,
     BP: tl.constexpr,
+    FULL: tl.constexpr = 0,  # where exits are resized, bits: those that are not
+    SAME: tl.constexpr = -1,  # one of those that are, if all are of one size; else -1
+    X: tl.constexpr = 0,  # columns of a tile, or 0 where no exit is resized
+    L: tl.constexpr = 0,  # a tile lies on at most so many rows and columns of them
 ):
     A: tl.constexpr = losses.dtype.element_ty
     N: tl.constexpr = len(exits)
@@ -307,6 +312,7 @@ def exit_rows_kernel(
     TWO: tl.constexpr = SOFT and TARGET == RENORMALIZED  # students' soft losses have a softmax of their own
     ONE: tl.constexpr = labels is not None or not TWO
     GRADIENT: tl.constexpr = WANTED != 0
+    EXACT: tl.constexpr = exits[0].dtype.element_ty != tl.bfloat16  # in which products rounded to 11 bits are
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     EVERY: tl.constexpr = T > 0 and pixel_weight is None and not MASK_SOFT
     tau = tl.full([], temperature, A)
@@ -319,20 +325,37 @@ def exit_rows_kernel(
     start = (program % tiles).to(tl.int64) * BP
     left, j = H * W - start, b * H * W + start
     room = left * LAST
-    if ORDER == PIXELS:
-        left, j = tl.multiple_of(left, VEC), tl.multiple_of(j, VEC)
-    elif ORDER == ROWS:
-        room = tl.multiple_of(room, VEC)
-    inside = tl.arange(0, BP) < left
-    j += tl.arange(0, BP)
+    if X:
+        y0, x0, inside, place = resize.tile_of(program % tiles, H, W, X, BP)
+        j = b * H * W + place
+    else:
+        if ORDER == PIXELS:
+            left, j = tl.multiple_of(left, VEC), tl.multiple_of(j, VEC)
+        elif ORDER == ROWS:
+            room = tl.multiple_of(room, VEC)
+        inside = tl.arange(0, BP) < left
+        j += tl.arange(0, BP)
     label_weight, soft_weight, label = _pixel_weights(labels, pixel_weight, j, inside, C, ignore_index, MASK_SOFT, A)
     counted = inside if EVERY else (soft_weight if T > 0 else label_weight) != 0
+
+    if SAME >= 0:
+        on = resize.taps(resized, SAME, y0, x0, H, W, X, L, BP)
+        reduce = resize.matrices(resized, SAME, y0, x0, H, W, X, L, BP)
 
     # Phase 1: the teachers. Their target rows stay, or their argmax.
     q, arg, P = (), (), ()
     for r in tl.static_range(T):
-        first, step, place, tile = _tile(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
-        y, m = _row(exits[TEACHERS[r]] + first, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+        if X:
+            if SAME < 0:
+                on = resize.taps(resized, TEACHERS[r], y0, x0, H, W, X, L, BP)
+            z = resize.logits(
+                exits, strides, resized, on, TEACHERS[r], b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE,
+                EVERY, A,
+            )  # fmt: skip
+            y, m = _less_maximum((z,), LAST)
+        else:
+            first, step, place, tile = _tile(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+            y, m = _row(exits[TEACHERS[r]] + first, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
         if TARGET == ARGMAX:
             arg += (_argmax(y, C, BC),)
         else:
@@ -358,9 +381,17 @@ def exit_rows_kernel(
 
     # Phase 2: every exit learns, from the labels and from the teachers that it is not.
     for i in range(N):
-        first, step, place, tile = _tile(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
-        exit = _picked(exits, i) + first
-        y, m = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+        if X:
+            if SAME < 0:
+                on = resize.taps(resized, i, y0, x0, H, W, X, L, BP)
+            z = resize.logits(
+                exits, strides, resized, on, i, b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE, EVERY, A
+            )
+            y, m = _less_maximum((z,), LAST)
+        else:
+            first, step, place, tile = _tile(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
+            exit = picked(exits, i) + first
+            y, m = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
         e, Z1, v, Z2 = y, tl.full([BP], 1.0, A), y, tl.full([BP], 1.0, A)
         if ONE:
             e, Z1 = _exp2(y, one_rate, LAST)
@@ -374,7 +405,10 @@ def exit_rows_kernel(
         q1, q2 = tl.full([BP], 0, A), tl.full([BP], 0, A)
         hots, smooths, taught = q1, q1, ()
         if labels is not None:
-            y_label = tl.load(exit + place + label * step, mask=counted, other=0.0).to(A) - m
+            if X:
+                y_label = resize.logit(exits, strides, resized, i, b, y0, x0, H, W, label, counted, FULL, X, BP, A) - m
+            else:
+                y_label = tl.load(exit + place + label * step, mask=counted, other=0.0).to(A) - m
             loss = hot * (log_1 - y_label)
             if SMOOTH:
                 smooth_dot = tl.full([BP], 0, A)
@@ -396,7 +430,14 @@ def exit_rows_kernel(
             if tl.max(nan, 0) != 0:  # rare: a test of every number would cost more
                 guarded = ()
                 for r in tl.static_range(T):
-                    if ORDER == ROWS:
+                    if X:
+                        z_again = resize.logits(
+                            exits, strides, resized, on, i, b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE,
+                            EVERY, A,
+                        )  # fmt: skip
+                        y_again, m_again = _less_maximum((z_again,), LAST)
+                        guarded += (_dot(q[r * K : r * K + K], y_again, True),)
+                    elif ORDER == ROWS:
                         y_again, m_again = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
                         guarded += (_dot(q[r * K : r * K + K], y_again, True),)
                     else:
@@ -414,7 +455,12 @@ def exit_rows_kernel(
             if SOFT:
                 loss = tau * (P[r] * log_z - dots[r])
             else:
-                y_teacher = tl.load(exit + place + arg[r] * step, mask=counted, other=0.0).to(A) - m
+                if X:
+                    y_teacher = (
+                        resize.logit(exits, strides, resized, i, b, y0, x0, H, W, arg[r], counted, FULL, X, BP, A) - m
+                    )
+                else:
+                    y_teacher = tl.load(exit + place + arg[r] * step, mask=counted, other=0.0).to(A) - m
                 loss = log_1 - y_teacher
             weight = tl.where(i == TEACHERS[r], 0.0, soft_weight)  # nobody teaches itself
             g = _enter(
@@ -434,10 +480,13 @@ def exit_rows_kernel(
         if GRADIENT:
             if (WANTED >> i) & 1 != 0:
                 f1, f2 = q1 / Z1, q2 / Z2
-                grad_first, grad_step, grad_place, grad_tile = _tile(
-                    strides, i if len(strides) == 1 else N + i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
-                )
-                to = _picked(grads, i) + grad_first
+                if X == 0:
+                    grad_first, grad_step, grad_place, grad_tile = _tile(
+                        strides, i if len(strides) == 1 else N + i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
+                    )
+                    to = picked(grads, i) + grad_first
+                elif SAME < 0:
+                    reduce = resize.matrices(resized, i, y0, x0, H, W, X, L, BP)
                 for k in tl.static_range(K):
                     c = k * BC + tl.arange(0, BC)[:, None]
                     grad = tl.zeros([BC, BP], A)
@@ -455,7 +504,14 @@ def exit_rows_kernel(
                         grad += e[k] * f1[None, :]
                     if TWO:
                         grad += v[k] * f2[None, :]
-                    _put(grad, to, grad_step, grad_tile, inside, room, k, K, LAST, ORDER, BP, BC)
+                    if X:
+                        grad = _channels_of(grad, 0.0, True, LAST)
+                        resize.put(
+                            grad, picked(grads, i), strides, resized, reduce, i, b, y0, x0, H, W, 0, C, inside, FULL,
+                            SAME, X, L, BC, BP, WIDE, EXACT,
+                        )  # fmt: skip
+                    else:
+                        _put(grad, to, grad_step, grad_tile, inside, room, k, K, LAST, ORDER, BP, BC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -469,6 +525,7 @@ def exit_blocks_kernel(
     gains,  # [T + 1, N] of A, see norms_kernel; [T + 1, N, B, H, W] without partials; None without gradients
     losses,  # [T + 1, N, B, H, W] of A, without partials
     partials,  # [T + 1, N, programs] of A, or None
+    resized,  # (sizes, places, weights, copies), see resize.py, or None where all exits have the output's size
     C: tl.int32,
     H: tl.int32,
     W: tl.int64,
@@ -491,11 +548,16 @@ def exit_blocks_kernel(
     WIDE: tl.constexpr,  # offsets in a tile need 64 bits
     BC: tl.constexpr,
     BP: tl.constexpr,
+    FULL: tl.constexpr = 0,  # as for exit_rows_kernel
+    SAME: tl.constexpr = -1,
+    X: tl.constexpr = 0,
+    L: tl.constexpr = 0,
 ):
     A: tl.constexpr = losses.dtype.element_ty
     N: tl.constexpr = len(exits)
     T: tl.constexpr = len(TEACHERS)
     S: tl.constexpr = len(strides)
+    EXACT: tl.constexpr = exits[0].dtype.element_ty != tl.bfloat16
     SOFT: tl.constexpr = T > 0 and TARGET != ARGMAX
     TWO: tl.constexpr = SOFT and TARGET == RENORMALIZED  # students' soft losses have a softmax of their own
     ONE: tl.constexpr = labels is not None or not TWO
@@ -507,8 +569,12 @@ def exit_blocks_kernel(
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     start = (program % tiles).to(tl.int64) * BP
-    inside = tl.arange(0, BP) < H * W - start
-    j = b * H * W + start + tl.arange(0, BP)
+    if X:
+        y0, x0, inside, spot = resize.tile_of(program % tiles, H, W, X, BP)
+        j = b * H * W + spot
+    else:
+        inside = tl.arange(0, BP) < H * W - start
+        j = b * H * W + start + tl.arange(0, BP)
     label_weight, soft_weight, k = _pixel_weights(labels, pixel_weight, j, inside, C, ignore_index, MASK_SOFT, A)
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     if T > 0 and pixel_weight is None and not MASK_SOFT:
@@ -543,6 +609,15 @@ def exit_blocks_kernel(
         else:
             offsets = place[s][None, :] + (tl.arange(0, BC) * step_c)[:, None]
         tile += (offsets if WIDE else offsets.to(tl.int32),)
+    on, reduce = (), ()
+    if X:
+        for i in tl.static_range(N):
+            if SAME >= 0 and i > 0:
+                on += (on[0],)
+                reduce += (reduce[0],)
+            else:
+                on += (resize.taps(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
+                reduce += (resize.matrices(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
 
     # Phase 1: over blocks of channels, the running maximum m of every exit, Z1 = sum e, Z2 = sum u, and the dot
     # products sum_c u_c y_c of teachers and students. Where a maximum grows by -up, what was summed up follows.
@@ -564,8 +639,15 @@ def exit_blocks_kernel(
         y, u, up, fade, kept = (), (), (), (), ()
         new_m, new_Z1, new_Z2, new_arg, new_best, new_smooth_dot, new_dot = (), (), (), (), (), (), ()
         for i in tl.static_range(N):
-            at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
-            z = tl.load(at, mask=read, other=float("-inf")).to(A)
+            if X:
+                z = resize.logits(
+                    exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP, WIDE, True,
+                    A,
+                )  # fmt: skip
+                z = tl.where(read, z, float("-inf"))
+            else:
+                at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
+                z = tl.load(at, mask=read, other=float("-inf")).to(A)
             new_m += (tl.maximum(m[i], tl.max(z, 0)),)
             y += (z - new_m[i][None, :],)
             up += (m[i] - new_m[i],)
@@ -642,8 +724,11 @@ def exit_blocks_kernel(
     for i in tl.static_range(N):
         q1_i, q2_i = nothing, nothing
         if labels is not None:
-            spot = exits[i] + first[i % S] + (place[i % S] + k * step[i % S])
-            y_k = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
+            if X:
+                y_k = resize.logit(exits, strides, resized, i, b, y0, x0, H, W, k, counted, FULL, X, BP, A) - m[i]
+            else:
+                spot = exits[i] + first[i % S] + (place[i % S] + k * step[i % S])
+                y_k = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
             loss = hot * (log_1[i] - y_k)
             if SMOOTH:
                 loss += smooth * (class_weights * log_1[i] - smooth_dot[i])
@@ -668,8 +753,15 @@ def exit_blocks_kernel(
                     log_z = log_2[i] * scale
                     loss = tau * (P[TEACHERS[r]] * log_z - d)
                 else:
-                    spot = exits[i] + first[i % S] + (place[i % S] + arg[TEACHERS[r]] * step[i % S])
-                    y_t = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
+                    top = arg[TEACHERS[r]]
+                    if X:
+                        y_t = (
+                            resize.logit(exits, strides, resized, i, b, y0, x0, H, W, top, counted, FULL, X, BP, A)
+                            - m[i]
+                        )
+                    else:
+                        spot = exits[i] + first[i % S] + (place[i % S] + top * step[i % S])
+                        y_t = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
                     loss = log_1[i] - y_t
                 g_r = _enter(
                     loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, inside, pixels, programs, program,
@@ -716,8 +808,15 @@ def exit_blocks_kernel(
             y, u = (), ()
             for i in tl.static_range(N):
                 if grads[i] is not None or LEARN or ROWS[i] >= 0:
-                    at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
-                    z = tl.load(at, mask=read, other=float("-inf")).to(A)
+                    if X:
+                        z = resize.logits(
+                            exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP,
+                            WIDE, True, A,
+                        )  # fmt: skip
+                        z = tl.where(read, z, float("-inf"))
+                    else:
+                        at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
+                        z = tl.load(at, mask=read, other=float("-inf")).to(A)
                     y += (z - m[i][None, :],)
                     u += (tl.exp2(y[i] * rate) if SOFT and (TWO or ROWS[i] >= 0) else 0,)
                 else:
@@ -746,8 +845,15 @@ def exit_blocks_kernel(
                             if s != i:
                                 a += _product(g[s * T + ROWS[i]][None, :], y[s])
                         grad -= _product(u[i] * factor[i][None, :], a)
-                    to = grads[i] + (first[(N + i) % S] + c0 * step[(N + i) % S]) + tile[(N + i) % S]
-                    tl.store(to, grad.to(grads[i].dtype.element_ty), mask=written)
+                    if X:
+                        grad = tl.where(written, grad, 0.0)
+                        resize.put(
+                            grad, grads[i], strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, inside, FULL, SAME,
+                            X, L, BC, BP, WIDE, EXACT,
+                        )  # fmt: skip
+                    else:
+                        to = grads[i] + (first[(N + i) % S] + c0 * step[(N + i) % S]) + tile[(N + i) % S]
+                        tl.store(to, grad.to(grads[i].dtype.element_ty), mask=written)
 
 
 # ---- phases 0 and 3, and the backward's scaling ----------------------------------------------------------------------
