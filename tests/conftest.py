@@ -16,7 +16,7 @@ STAND_INS = on_host.stand_in()  # before selfreg_fast is imported
 from support import Backend  # noqa: E402
 
 import selfreg_fast as srf  # noqa: E402
-from selfreg_fast.backends import device_of  # noqa: E402
+from selfreg_fast.backends import TRITON_INTERPRETED, device_of  # noqa: E402
 
 settings.register_profile(
     "ci", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Triton's interpreter is slow: of the many cases of a test it gets every third."""
-    if "triton: interpreted" not in STAND_INS or config.getoption("--all-interpreted"):
+    if not TRITON_INTERPRETED or config.getoption("--all-interpreted"):
         return
     seen: Counter[str] = Counter()
     kept, left_out = [], []
