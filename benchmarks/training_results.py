@@ -144,7 +144,7 @@ def _unit(row: Row) -> str:
 
 
 def _iou(rows: Sequence[Row]) -> Any:
-    """mIoU at each exit on the left, the thin classes at the deepest on the right: a dot a seed, a line for the mean."""
+    """mIoU at each exit, and the thin classes at the deepest: a dot for each seed, a line for their mean."""
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["settings"] is None]
@@ -219,11 +219,11 @@ def step(path: Path, root: Path) -> str:
                 f"**{_mib(fused)}**",
             ]
         )
-    headings = ["network", "batch", "step: reference", "fused", "faster", "of it the loss's forward", "peak: reference"]
+    headings = ["network", "batch", "step: reference", "fused", "faster", "loss, forward", "peak: reference", "fused"]
     parts = [
-        f"{_about(rows, root, path)} {rows[0]['precision']}: the whole step, forward, loss, backward and update; medians "
+        f"{_about(rows, root, path)} {rows[0]['precision']}: the whole step (forward, loss, backward, update), medians "
         "in turns; peak memory above what is there between steps.",
-        table([*headings, "fused"], lines),
+        table(headings, lines),
     ]
     if limits:
         parts += [

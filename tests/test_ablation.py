@@ -63,7 +63,7 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
     """A run stopped after each of its epochs: the same weights, momentum and figures, bit for bit."""
     preset, run = tiny(training), training.Run(training.ALL, 3)
     data = training.load(folder, preset, CPU)
-    assert training.train(run, preset, data, tmp_path / "whole")
+    assert training.train(run, preset, data, tmp_path / "whole", "reference")
 
     class Stop(Exception):
         pass
@@ -73,8 +73,8 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
 
     for _ in range(preset.epochs):
         with pytest.raises(Stop):
-            training.train(run, preset, data, tmp_path / "parts", advance=stop)
-    assert training.train(run, preset, data, tmp_path / "parts", advance=stop)  # nothing is left to do
+            training.train(run, preset, data, tmp_path / "parts", "reference", advance=stop)
+    assert training.train(run, preset, data, tmp_path / "parts", "reference", advance=stop)  # nothing is left to do
     states = [torch.load(tmp_path / part / f"{run.name}.pt", weights_only=True) for part in ("whole", "parts")]
     for key in ("model", "optimizer"):
         torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=0)
@@ -117,7 +117,7 @@ def test_objectives_train_what_they_say(training: ModuleType, folder: Path) -> N
 
 
 def test_batches_are_cut_from_the_images(training: ModuleType) -> None:
-    """Image and labels stay together through scale, crop and flip; the same whatever came before; every epoch its own."""
+    """Image and labels stay together through scale, crop and flip, which follow from seed and epoch."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
     labels = (x // 5).to(torch.uint8)[None].repeat(4, 1, 1)  # stripes, each image with brightness that tells the column
     images = (5 * x).to(torch.uint8).expand(4, 3, 32, 48)

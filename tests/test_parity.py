@@ -1,4 +1,4 @@
-"""Training by the fused losses follows training by the reference: a short run of `python -m benchmarks.ablation parity`."""
+"""Training by fused losses follows training by the reference: `python -m benchmarks.ablation parity`, but short."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def compared(parity: ModuleType, precision: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("index", range(4), ids=["fp64", "fp32", "bf16", "fp16"])
 def test_curves_agree(parity: ModuleType, index: int) -> None:
-    """fp64 to 1e-9. Else within four times the spread of three runs of the reference: few, so that luck has its part."""
+    """fp64 to 1e-9; else within four times the spread of three runs of the reference, which are few."""
     if srf.backends()["cpu"] != "available":
         pytest.skip(f"cpu: {srf.backends()['cpu']}")
     row = compared(parity, parity.PRECISIONS[index])

@@ -52,10 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.results = args.results or args.out
     device = torch.device(args.device)
     preset = PRESETS["quick" if args.quick else "full"]
-    common = {
-        **{k: v if v is None else str(v) for k, v in setting(device.type, 0).items()},
-        "backend": choose(args.backend, device.type),
-    }
+    common = {key: None if value is None else str(value) for key, value in setting(device.type, 0).items()}
+    common["backend"] = choose(args.backend, device.type)
     del common["repeats"]
     print("{device}, {threads} threads, torch {torch}, losses by {backend}".format(**common))
     try:
@@ -81,9 +79,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("task", nargs="?", choices=TASKS, default="train", help="default: train")
-    made.add_argument(
-        "--data", type=Path, metavar="DIR", help="CamVid as train|val / images|labels; needed but by step"
-    )
+    made.add_argument("--data", type=Path, metavar="DIR", help="CamVid, as train|val / images|labels")
     made.add_argument("--quick", action="store_true", help="a quarter of the resolution and a small network, for CPUs")
     made.add_argument("--out", type=Path, default=Path("out/ablation"), metavar="DIR", help="default: %(default)s")
     made.add_argument(
@@ -91,9 +87,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME")
     made.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="N", help="default: 0 1 2")
-    made.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin no epoch after these; run again to go on"
-    )
+    made.add_argument("--seconds", type=float, default=float("inf"), help="begin no epoch after these")
     made.add_argument("--steps", type=int, default=50, help="of parity (default: %(default)s)")
     made.add_argument("--backend", default="auto", help="of the losses (default: auto)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")

@@ -119,7 +119,7 @@ def report(rows: Sequence[dict[str, Any]]) -> int:
     for row in rows:
         print(
             f"{row['precision']:26} loss {row['first_loss']:.4f} to {row['last_loss']:.4f} in {row['steps']} steps; "
-            f"fused to the reference {row['fused_to_reference']:.2e}, to all its runs {row['fused_to_references']:.2e}; "
+            f"to the reference {row['fused_to_reference']:.2e}, to all its runs {row['fused_to_references']:.2e}; "
             f"between these {row['between_references']:.2e}, at most {row['most_between_references']:.2e}: "
             f"{'agrees' if agrees(row) else 'DIFFERS'}"
         )

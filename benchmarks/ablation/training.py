@@ -1,7 +1,7 @@
 """One run of the ablation: CamVid in memory, a multi-exit network, five objectives, an epoch at a time.
 
-What is random in an epoch (the order, and each image's scale, crop and flip) follows from the seed and the number of the
-epoch alone. Runs of one seed therefore see the same images whatever their objective, and a run that goes on from its
+What is random in an epoch (the order, and each image's scale, crop and flip) follows from the seed and the epoch's
+number alone. Runs of one seed therefore see the same images whatever their objective, and a run that goes on from its
 checkpoint sees what it would have seen.
 """
 
