@@ -13,6 +13,7 @@ OBJECTIVES = ("deepest exit only", "MEA", "MEA + SR-F", "MEA + SR-L", "MEA + SR-
 COLOURS = dict(zip(OBJECTIVES, (GREY, "#3b8eda", "#2fa05a", "#d08a1d", "#e5534b"), strict=True))
 CLASSES = "sky building road pavement tree fence car pole sign pedestrian cyclist".split()  # the thin ones last
 THIN = CLASSES[-4:]
+BASELINE = OBJECTIVES[0]  # its other exits are not trained
 BEFORE_SR = "MEA"  # what the SR terms are added to
 EXITS = range(4)
 WITHOUT_FIGURE = ("ablation-parity", "ablation-step")
@@ -47,8 +48,9 @@ def draw(path: Path, folder: Path) -> list[Path]:
 
 
 def final(rows: Iterable[Row]) -> list[Row]:
-    """The rows of each run's end."""
-    return [row for row in rows if row["epoch"] == row["epochs"]]
+    """The rows of each run's end, but those of exits that were not trained."""
+    ended = [row for row in rows if row["epoch"] == row["epochs"]]
+    return [row for row in ended if row["objective"] != BASELINE or row["exit"] == EXITS[-1]]
 
 
 def ablation(path: Path, root: Path) -> str:
@@ -84,11 +86,12 @@ def _by_exit(rows: Sequence[Row]) -> str:
 
 
 def _by_class(rows: Sequence[Row]) -> str:
+    deepest = [row for row in rows if row["exit"] == EXITS[-1]]
     lines = []
-    for objective in OBJECTIVES:
-        own = [row for row in rows if row["objective"] == objective and row["exit"] == EXITS[-1]]
-        lines.append([objective, *(_spread((row[name] for row in own), digits=0) for name in CLASSES)])
-    return table(["objective", *CLASSES], lines)
+    for name in CLASSES:
+        cells = [_spread((r[name] for r in deepest if r["objective"] == o), digits=0) for o in OBJECTIVES]
+        lines.append([name, *cells])
+    return table(["class", *OBJECTIVES], lines)
 
 
 def _search(main: Sequence[Row], others: Sequence[Row]) -> str:
@@ -136,7 +139,7 @@ def _size(row: Row) -> str:
 
 def _minutes(rows: Sequence[Row]) -> str:
     key = "cpu_seconds" if rows[0]["preset"] == "quick" else "seconds"
-    return f"{sum(row[key] for row in rows if row['exit'] == 0) / 60:.0f} minutes"
+    return f"{sum(row[key] for row in rows if row['exit'] == EXITS[-1]) / 60:.0f} minutes"
 
 
 def _unit(row: Row) -> str:

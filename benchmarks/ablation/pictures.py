@@ -18,7 +18,7 @@ from .training import ALL, BASELINE, CLASSES, THIN, VOID, Data, Preset, Run, pre
 LARGE = ("building", "pavement", "tree", "fence", "car")
 SEED = 0  # of the runs that are shown
 GREY = "#7f8790"  # legible on white and on black
-FAINT, HIDDEN = (0.62, 0.62, 0.62), (0.80, 0.80, 0.80)  # void; classes that a row is not about
+FAINT, HIDDEN = (0.62, 0.62, 0.62), (0.80, 0.80, 0.80)  # void; all but the thin classes where these are the matter
 
 
 def draw(folder: Path, preset: Preset, data: Data, results: Path) -> list[Path]:
@@ -49,13 +49,13 @@ def _predictions(checkpoint: Path, preset: Preset, data: Data) -> Tensor:
 
 
 def _worst(predicted: Tensor, labels: Tensor) -> list[tuple[str, tuple[str, ...], int]]:
-    """(failure, the classes it is about, image), two images for each failure, from different parts of the film."""
+    """(failure, the classes to show, image), two images for each failure, from different parts of the film."""
     found = []
-    for failure, names in (("small parts missed", THIN), ("parts of large objects", LARGE)):
+    for failure, names, shown in (("small parts missed", THIN, THIN), ("parts of large objects", LARGE, CLASSES)):
         about = torch.isin(labels, torch.tensor([CLASSES.index(n) for n in names], device=labels.device))
         wrong = (about & (predicted != labels)).sum((1, 2))
         for part in torch.arange(len(labels), device=labels.device).chunk(2):
-            found.append((failure, names, int(part[wrong[part].argmax()])))
+            found.append((failure, shown, int(part[wrong[part].argmax()])))
     return found
 
 
@@ -95,7 +95,8 @@ def _draw(
         row[0].set_ylabel(failure, color=GREY, fontsize=9)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, color=GREY, fontsize=9)
-    patches = [Patch(facecolor=palette[CLASSES.index(n)], label=n) for n in (*THIN, *LARGE)]
-    patches += [Patch(facecolor=palette[VOID], label="void"), Patch(facecolor=HIDDEN, label="other classes")]
-    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9, labelcolor=GREY)
+    names = sorted(CLASSES, key=lambda name: name not in THIN)
+    patches = [Patch(facecolor=palette[CLASSES.index(name)], label=name) for name in names]
+    patches += [Patch(facecolor=palette[VOID], label="void"), Patch(facecolor=HIDDEN, label="not thin")]
+    figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9, labelcolor=GREY)
     figure.savefig(path, dpi=130, transparent=True, metadata={"Description": digest, "Software": None})
