@@ -172,6 +172,11 @@ def test_command_resumes_collects_and_draws(
         rows = list(csv.DictReader(file))
     assert {row["objective"] for row in rows} == set(training.OBJECTIVES)
     assert len(rows) == 5 * 2 * 4 and {row["commit"] for row in rows} != {""}
+    # Until half of the epochs all that have MEA are one run; then the SR terms come on top.
+    losses = {(row["objective"], row["epoch"]): float(row["loss"]) for row in rows}
+    others = ("MEA + SR-F", "MEA + SR-L", training.ALL)
+    assert all(math.isclose(losses[name, "2"], losses["MEA", "2"], rel_tol=1e-4) for name in others)
+    assert all(losses[name, "4"] > losses["MEA", "4"] + 0.1 for name in others)
     assert (results / "ablation-quick-failures.png").stat().st_size > 1000
     assert (tmp_path / "out" / "quick" / "failures-with-images.png").exists()
 
@@ -197,6 +202,29 @@ def test_command_resumes_collects_and_draws(
 
     assert program.main(["--data", str(tmp_path / "nowhere"), "--quick"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None:
+    """The README's other tables, of made-up results: multiples, spreads and the largest batches."""
+    results = importlib.import_module("training_results")
+    setting = {"device": "A device", "threads": "2", "torch": "2.13", "commit": "abc"}
+    step = {**setting, "network": "full", "batch": "8", "size": "512x512", "sr_f_on": "logits", "precision": "fp32"}
+    fused = {**step, "peer": "fused", "step_ms": "100", "loss_ms": "10", "peak_bytes": str(2**20), "memory_gib": ""}
+    plain = {**fused, "peer": "reference", "step_ms": "250", "loss_ms": "80", "peak_bytes": str(2**23)}
+    limits = [{**row, "batch": n, "memory_gib": "24"} for row, n in ((fused, "9"), (plain, "4"))]
+    spread = {"precision": "fp32", "steps": "50", "first_loss": "6", "last_loss": "3", "fused_to_references": "2e-5"}
+    spread |= {"between_references": "3e-5", "most_between_references": "4e-5"}
+    folder = tmp_path / "benchmarks" / "results"
+    training.write([fused, plain, *limits], folder / "ablation-step.csv")
+    training.write([{**setting, **spread}], folder / "ablation-parity.csv")
+    text = results.section(tmp_path)
+    assert (
+        "| full, SR-F on logits | 8 of 512·512 | 250 ms | **100 ms** | 2.50× | 80.0 → 10.0 ms | 8 MiB | **1 MiB** |"
+        in text
+    )
+    assert "| full, SR-F on logits | 24 GiB | 4 | 9 |" in text
+    assert "| fp32 | 2.0e-05 | 3.0e-05 | 4.0e-05 |" in text
+    assert results.draw(folder / "ablation-step.csv", folder) == []
 
 
 def test_search_settings_have_files_of_their_own(program: ModuleType, training: ModuleType) -> None:

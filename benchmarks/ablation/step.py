@@ -99,11 +99,11 @@ def measure(
     for case in tqdm(cases or CASES[device.type], desc="training step", unit="case"):
         steps = {peer: Step(case, backends[peer], device) for peer in PEERS}
         samples = sample_seconds({peer: step.phases for peer, step in steps.items()}, ROUNDS[device.type], device.type)
-        for peer, phases in samples.items():
-            if device.type == "cuda":
-                peak = device_peak_bytes(steps[peer].run)
-            else:
-                peak = in_fresh_process(peak_on_cpu, case, backends[peer])
+        if device.type == "cuda":
+            peaks: list[int | None] = [device_peak_bytes(steps[peer].run) for peer in PEERS]
+        else:
+            peaks = in_fresh_process(peaks_on_cpu, case, list(backends.values()))
+        for (peer, phases), peak in zip(samples.items(), peaks, strict=True):
             seconds = dict(zip(PHASES, phases, strict=True)) | {"step": [sum(s) for s in zip(*phases, strict=True)]}
             times: dict[str, float] = {}
             for phase, sample in seconds.items():
@@ -134,11 +134,14 @@ def _row(common: dict[str, Any], case: Case, device: torch.device, peer: str) ->
     }
 
 
-def peak_on_cpu(case: Sequence[Any], backend: str) -> int | None:
-    """Peak memory of one step above what is resident between steps; meant for a fresh process."""
-    step = Step(Case(*case), backend, torch.device("cpu"))
-    step.run()
-    return peak_bytes(step.run)
+def peaks_on_cpu(case: Sequence[Any], backends: Sequence[str]) -> list[int | None]:
+    """Peak memory of one step by each backend above what is resident between steps; meant for a fresh process."""
+    peaks = []
+    for backend in backends:
+        step = Step(Case(*case), backend, torch.device("cpu"))
+        step.run()
+        peaks.append(peak_bytes(step.run))
+    return peaks
 
 
 def largest_batch(case: Case, backend: str, device: torch.device, fraction: float) -> int:
