@@ -131,7 +131,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
 
 def collected(folder: Path) -> list[dict[str, Any]]:
     """The rows of every finished run in the folder, whichever machine it is from."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             rows += csv.DictReader(file)

@@ -50,7 +50,7 @@ def _predictions(checkpoint: Path, preset: Preset, data: Data) -> Tensor:
 
 def _worst(predicted: Tensor, labels: Tensor) -> list[tuple[str, tuple[str, ...], int]]:
     """(failure, the classes to show, image), two images for each failure, from different parts of the film."""
-    found = []
+    found: list[tuple[str, tuple[str, ...], int]] = []
     for failure, names, shown in (("small parts missed", THIN, THIN), ("parts of large objects", LARGE, CLASSES)):
         about = torch.isin(labels, torch.tensor([CLASSES.index(n) for n in names], device=labels.device))
         wrong = (about & (predicted != labels)).sum((1, 2))
@@ -95,8 +95,8 @@ def _draw(
         row[0].set_ylabel(failure, color=GREY, fontsize=9)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, color=GREY, fontsize=9)
-    names = sorted(CLASSES, key=lambda name: name not in THIN)
-    patches = [Patch(facecolor=palette[CLASSES.index(name)], label=name) for name in names]
+    in_order = sorted(CLASSES, key=lambda name: name not in THIN)
+    patches = [Patch(facecolor=palette[CLASSES.index(name)], label=name) for name in in_order]
     patches += [Patch(facecolor=palette[VOID], label="void"), Patch(facecolor=HIDDEN, label="not thin")]
     figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9, labelcolor=GREY)
     figure.savefig(path, dpi=130, transparent=True, metadata={"Description": digest, "Software": None})

@@ -97,19 +97,7 @@ def measure(
     backends = dict(zip(PEERS, (backend, "reference"), strict=True))
     rows = []
     for case in tqdm(cases or CASES[device.type], desc="training step", unit="case"):
-        steps = {peer: Step(case, backends[peer], device) for peer in PEERS}
-        samples = sample_seconds({peer: step.phases for peer, step in steps.items()}, ROUNDS[device.type], device.type)
-        if device.type == "cuda":
-            peaks: list[int | None] = [device_peak_bytes(steps[peer].run) for peer in PEERS]
-        else:
-            peaks = in_fresh_process(peaks_on_cpu, case, list(backends.values()))
-        for (peer, phases), peak in zip(samples.items(), peaks, strict=True):
-            seconds = dict(zip(PHASES, phases, strict=True)) | {"step": [sum(s) for s in zip(*phases, strict=True)]}
-            times: dict[str, float] = {}
-            for phase, sample in seconds.items():
-                for suffix, value in zip(("", "_p20", "_p80"), Timing.of(sample), strict=True):
-                    times[f"{phase}_ms{suffix}"] = round(1e3 * value, 3)
-            rows.append(_row(common, case, device, peer) | times | {"peak_bytes": peak})
+        rows += [{**_row(common, case, device, peer), **own} for peer, own in _measured(case, backends, device).items()]
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory / 2**30
         memories = [memory for memory in MEMORIES if memory < there] + [math.floor(there)]
@@ -119,6 +107,25 @@ def measure(
             rows.append(_row(common, case, device, peer) | {"batch": batch, "memory_gib": memory})
     keys = list(dict.fromkeys(key for row in rows for key in (*row, "memory_gib")))
     return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def _measured(case: Case, backends: dict[str, str], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Times and peak of each peer."""
+    steps = {peer: Step(case, name, device) for peer, name in backends.items()}
+    samples = sample_seconds({peer: step.phases for peer, step in steps.items()}, ROUNDS[device.type], device.type)
+    if device.type == "cuda":
+        peaks: list[int | None] = [device_peak_bytes(step.run) for step in steps.values()]
+    else:
+        peaks = in_fresh_process(peaks_on_cpu, case, list(backends.values()))
+    found: dict[str, dict[str, Any]] = {}
+    for (peer, phases), peak in zip(samples.items(), peaks, strict=True):
+        found[peer] = {}
+        seconds = dict(zip(PHASES, phases, strict=True)) | {"step": [sum(s) for s in zip(*phases, strict=True)]}
+        for phase, sample in seconds.items():
+            for suffix, value in zip(("", "_p20", "_p80"), Timing.of(sample), strict=True):
+                found[peer][f"{phase}_ms{suffix}"] = round(1e3 * value, 3)
+        found[peer]["peak_bytes"] = peak
+    return found
 
 
 def _row(common: dict[str, Any], case: Case, device: torch.device, peer: str) -> dict[str, Any]:

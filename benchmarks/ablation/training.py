@@ -54,7 +54,7 @@ class Network(MultiExitNet):
         x, logits, image_logits, features = self.stem(images), [], [], []
         for stage, head, image_head in zip(self.stages, self.exits, self.image_heads, strict=True):
             x = hidden = stage(x)
-            *body, last = head
+            *body, last = head.children()
             for layer in body:
                 hidden = layer(hidden)
             features.append(hidden)
