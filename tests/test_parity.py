@@ -39,7 +39,7 @@ def compared(parity: ModuleType, precision: Any) -> dict[str, Any]:
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
     split = training.Split(images, labels)
     data = training.Data(split, split, torch.linspace(0.5, 2, 11))
-    (row,) = parity.compare(data, "auto", STEPS, preset, [precision], orders=3)
+    (row,) = parity.compare(data, "auto", STEPS, preset, [precision._replace(orders=3)])
     return row
 
 

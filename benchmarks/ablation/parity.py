@@ -20,7 +20,6 @@ from tqdm import tqdm
 from .training import ALL, CLASSES, PRESETS, Data, Preset, Run, batches
 
 RUN = Run(ALL, 0, temperature=2.0)
-ORDERS = 5  # of the reference's runs
 EXACT = 1e-9  # of the loss, in float64
 
 
@@ -28,10 +27,11 @@ class Precision(NamedTuple):
     name: str
     dtype: torch.dtype  # of the parameters
     autocast: torch.dtype | None = None
+    orders: int = 5  # runs of the reference
 
 
 PRECISIONS = (
-    Precision("fp64", torch.float64),
+    Precision("fp64", torch.float64, orders=2),
     Precision("fp32", torch.float32),
     Precision("bf16 autocast", torch.float32, torch.bfloat16),
     Precision("fp16 autocast, GradScaler", torch.float32, torch.float16),
@@ -84,13 +84,12 @@ def compare(
     steps: int,
     preset: Preset = PRESETS["quick"],
     precisions: Sequence[Precision] = PRECISIONS,
-    orders: int = ORDERS,
 ) -> list[dict[str, Any]]:
     """A row for each precision: how far the fused curve is from the reference's, and those from each other."""
     rows = []
     for precision in tqdm(precisions, desc="parity", unit="precision"):
         fused = curve(data, preset, precision, backend, steps)
-        references = [curve(data, preset, precision, "reference", steps, order) for order in range(orders)]
+        references = [curve(data, preset, precision, "reference", steps, order) for order in range(precision.orders)]
         between = [distance(a, b) for a, b in itertools.combinations(references, 2)]
         rows.append(
             {
