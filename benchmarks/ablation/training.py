@@ -286,7 +286,8 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), preset.learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     criterion = run.criterion(data.class_weight, backend)
     checkpoint = folder / f"{run.name}.pt"
-    state: dict[str, Any] = {"preset": repr(preset), "epoch": 0, "rows": [], "seconds": 0.0, "cpu_seconds": 0.0}
+    described = {**preset._asdict(), "network": preset.network.__name__}
+    state: dict[str, Any] = {"preset": described, "epoch": 0, "rows": [], "seconds": 0.0, "cpu_seconds": 0.0}
     if checkpoint.exists():
         loaded = torch.load(checkpoint, map_location=device, weights_only=True)
         if loaded["preset"] != state["preset"]:
