@@ -261,10 +261,7 @@ def _about(rows: Sequence[Row], root: Path, path: Path) -> str:
 
 
 def _pictures(path: Path, root: Path) -> list[str]:
-    captions = {
-        "iou": "IoU at every exit, and of thin classes",
-        "failures": "Labels and predictions where the baseline fails most",
-    }
+    captions = {"iou": "IoU at every exit, and of thin classes"}
     files = {name: path.with_name(f"{path.stem}-{name}.png") for name in captions}
     return [f"![{captions[n]}]({f.relative_to(root).as_posix()})" for n, f in files.items() if f.exists()]
 

@@ -116,7 +116,8 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
         path = args.results / f"ablation-{preset.name}.csv"
         write(rows, path)
         print(f"wrote {path}")
-        print(*pictures.draw(folder, preset, data, path), sep="\n")
+        if picture := pictures.draw(folder, preset, data):
+            print(f"wrote {picture}")
     if left:
         print(f"{left} of {len(runs)} runs are not finished: run the same again to go on")
     return int(left > 0)

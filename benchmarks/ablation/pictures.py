@@ -5,7 +5,6 @@ The images are those in which the baseline fails most, whatever the whole object
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -21,22 +20,19 @@ GREY = "#7f8790"  # legible on white and on black
 FAINT, HIDDEN = (0.62, 0.62, 0.62), (0.80, 0.80, 0.80)  # void; all but the thin classes where these are the matter
 
 
-def draw(folder: Path, preset: Preset, data: Data, results: Path) -> list[Path]:
-    """Predictions beside the labels, for the results file; in `folder` also with the photographs. Returns the files.
+def draw(folder: Path, preset: Preset, data: Data) -> Path | None:
+    """Images, labels and predictions, into `folder`: they show the data set, which is not ours to spread.
 
     Needs the checkpoints of the baseline and of the whole objective; without them nothing is drawn.
     """
     shown = {name: folder / f"{Run(name, SEED).name}.pt" for name in (BASELINE, ALL)}
     if not all(path.exists() for path in shown.values()):
-        return []
+        return None
     predictions = {name: _predictions(path, preset, data) for name, path in shown.items()}
     rows = _worst(predictions[BASELINE], data.val.labels)
-    # What a picture was drawn from, as in benchmarks/figures.py.
-    digest = hashlib.sha256(results.read_bytes()).hexdigest()
-    drawn = [results.with_name(f"{results.stem}-failures.png"), folder / "failures-with-images.png"]
-    for path, photographs in zip(drawn, (False, True), strict=True):
-        _draw(path, rows, predictions, data, photographs, digest)
-    return drawn
+    path = folder / "failures.png"
+    _draw(path, rows, predictions, data)
+    return path
 
 
 def _predictions(checkpoint: Path, preset: Preset, data: Data) -> Tensor:
@@ -64,8 +60,6 @@ def _draw(
     rows: list[tuple[str, tuple[str, ...], int]],
     predictions: dict[str, Tensor],
     data: Data,
-    photographs: bool,
-    digest: str,
 ) -> None:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,7 +68,7 @@ def _draw(
     from matplotlib.patches import Patch
 
     palette = np.array([*map(to_rgb, COLOURS[: len(CLASSES)])] + [FAINT] * (256 - len(CLASSES)))
-    titles = ["image"] * photographs + ["label", *predictions]
+    titles = ["image", "label", *predictions]
     height, width = data.val.labels.shape[1:]
     tile = 8.2 / len(titles)
     figure = Figure(figsize=(8.2, len(rows) * tile * height / width + 0.9))
@@ -86,7 +80,7 @@ def _draw(
         for c, name in enumerate(CLASSES):
             if name not in names:
                 colours[c] = HIDDEN
-        tiles = [data.val.images[i].permute(1, 2, 0).cpu().numpy()] if photographs else []
+        tiles = [data.val.images[i].permute(1, 2, 0).cpu().numpy()]
         tiles += [colours[maps[i].cpu().numpy()] for maps in (data.val.labels, *predictions.values())]
         for axis, pixels in zip(row, tiles, strict=True):
             axis.imshow(pixels, interpolation="nearest")
@@ -99,4 +93,4 @@ def _draw(
     patches = [Patch(facecolor=palette[CLASSES.index(name)], label=name) for name in in_order]
     patches += [Patch(facecolor=palette[VOID], label="void"), Patch(facecolor=HIDDEN, label="not thin")]
     figure.legend(handles=patches, loc="outside lower center", ncols=7, frameon=False, fontsize=9, labelcolor=GREY)
-    figure.savefig(path, dpi=130, transparent=True, metadata={"Description": digest, "Software": None})
+    figure.savefig(path, dpi=130, transparent=True)
