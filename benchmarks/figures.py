@@ -67,24 +67,34 @@ def label(row: Row) -> str:
 
 def draw(path: Path, folder: Path) -> list[Path]:
     """Writes FOLDER/STEM-FIGURE.png for each figure for which the file has lines; returns which."""
+    set_style()
+    rows, drawn = read(path), []
+    for name, figure in zip(FIGURES, (_speed(rows), _memory(rows), _limit(rows), _scaling(rows)), strict=True):
+        if figure is not None:
+            drawn.append(folder / f"{path.stem}-{name}.png")
+            save(figure, drawn[-1], path)
+    return drawn
+
+
+def set_style() -> None:
+    """Of all figures made after this."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
+    matplotlib.rcParams.update(
         {"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
         | {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
         | {"grid.color": GREY, "grid.alpha": 0.25, "savefig.transparent": True, "savefig.dpi": 130}
     )
-    rows, drawn = read(path), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in zip(FIGURES, (_speed(rows), _memory(rows), _limit(rows), _scaling(rows)), strict=True):
-        if figure is not None:
-            drawn.append(folder / f"{path.stem}-{name}.png")
-            figure.savefig(drawn[-1], bbox_inches="tight", metadata={"Description": digest(path), "Software": None})
-            plt.close(figure)
-    return drawn
+
+
+def save(figure: Any, path: Path, results: Path) -> None:
+    """Writes the figure, with the digest of the results that it shows."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Description": digest(results), "Software": None})
+    plt.close(figure)
 
 
 def _speed(rows: list[Row]) -> Any:

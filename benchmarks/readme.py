@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # imported by a test, too
+import training_results
 from figures import COMPARED, FIGURES, Row, cases, digest, draw, label, read
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks: written by `make bench-readme` -->", "<!-- end of benchmarks -->"
 CAPTIONS = {
     "speed": "Time of a training step of the loss",
     "memory": "Peak memory",
@@ -33,10 +33,15 @@ HEADINGS = (
 )
 
 
-def section(root: Path) -> str:
-    """What stands between the README's markers."""
-    parts = [device(path, root) for path in sorted((root / "benchmarks" / "results").glob("*.csv"))]
+def losses(root: Path) -> str:
+    """The benchmarks of the losses, a device after the other."""
+    results = sorted((root / "benchmarks" / "results").glob("*.csv"))
+    parts = [device(path, root) for path in results if not training_results.is_one(path)]
     return "\n\n".join(parts) if parts else "No results are recorded yet."
+
+
+# What stands between the README's markers, by the word in these.
+SECTIONS = {"benchmarks": losses, "training": training_results.section}
 
 
 def device(path: Path, root: Path) -> str:
@@ -87,26 +92,37 @@ def table_row(peers: dict[str, Row]) -> tuple[str, ...]:
     )
 
 
-def replaced(text: str, new: str) -> str:
-    """The README with `new` between its markers. ValueError: there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def replaced(text: str, name: str, new: str) -> str:
+    """The README with `new` between the markers of a section. ValueError: there are none."""
+    start, stop = f"<!-- {name}: written by `make bench-readme` -->", f"<!-- end of {name} -->"
+    before, begin, rest = text.partition(start)
+    _, end, after = rest.partition(stop)
     if not begin or not end:
-        raise ValueError(f"the README has no {BEGIN!r} ... {END!r}")
+        raise ValueError(f"the README has no {start!r} ... {stop!r}")
     return f"{before}{begin}\n{new}\n{end}{after}"
+
+
+def written(root: Path) -> str:
+    """The README as the results would have it."""
+    text = (root / "README.md").read_text()
+    for name, section in SECTIONS.items():
+        text = replaced(text, name, section(root))
+    return text
 
 
 def problems(root: Path) -> list[str]:
     """Where the README or a figure disagrees with the results."""
-    text = (root / "README.md").read_text()
-    found = [] if replaced(text, section(root)) == text else ["README.md is not what benchmarks/results say"]
+    found = []
+    if (root / "README.md").read_text() != written(root):
+        found.append("README.md is not what benchmarks/results say")
     results = root / "benchmarks" / "results"
-    files = {path.stem: digest(path).encode() for path in results.glob("*.csv")}
-    for stem in files:
-        if not list(results.glob(f"{stem}-*.png")):
-            found.append(f"{stem}.csv has no figures")
+    files = {path.stem: path for path in results.glob("*.csv")}
+    for stem, path in files.items():
+        if stem not in training_results.WITHOUT_FIGURE and not list(results.glob(f"{stem}-*.png")):
+            found.append(f"{path.name} has no figures")
     for figure in sorted(results.glob("*.png")):
-        if files.get(figure.stem.rpartition("-")[0], b"no such file") not in figure.read_bytes():
+        path = files.get(figure.stem.rpartition("-")[0])
+        if path is None or digest(path).encode() not in figure.read_bytes():
             found.append(f"{figure.name} was not drawn from the results that are there")
     return found
 
@@ -116,9 +132,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if README or figures are out of date")
     if not parser.parse_args(arguments).check:
         for path in sorted((root / "benchmarks" / "results").glob("*.csv")):
-            draw(path, path.parent)
-        readme = root / "README.md"
-        readme.write_text(replaced(readme.read_text(), section(root)))
+            (training_results.draw if training_results.is_one(path) else draw)(path, path.parent)
+        text = written(root)
+        (root / "README.md").write_text(text)
     found = problems(root)
     print(*found or ["README and figures are what benchmarks/results say"], sep="\n")
     return int(bool(found))

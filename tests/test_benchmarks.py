@@ -36,7 +36,8 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def results(tmp_path: Path) -> Path:
     """A README with markers beside results/device.csv, whose figures are made up."""
     (tmp_path / "README.md").write_text(
-        "before\n<!-- benchmarks: written by `make bench-readme` -->\nold\n<!-- end of benchmarks -->\nafter\n"
+        "before\n<!-- benchmarks: written by `make bench-readme` -->\nold\n<!-- end of benchmarks -->\n"
+        "<!-- training: written by `make bench-readme` -->\nold\n<!-- end of training -->\nafter\n"
     )
     path = tmp_path / "benchmarks" / "results" / "device.csv"
     path.parent.mkdir(parents=True)

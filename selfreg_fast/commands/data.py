@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -157,7 +157,14 @@ class Folder:
         return _flipped(sample) if rng.random() < 0.5 else sample
 
     def validation(self) -> Iterator[Sample]:
-        for pair in self._val:
+        return self._whole(self._val)
+
+    def all_training(self) -> Iterator[Sample]:
+        """Every training sample once, in the order of their names and as a whole: neither cut nor flipped."""
+        return self._whole(self._train)
+
+    def _whole(self, pairs: Sequence[tuple[Path, Path]]) -> Iterator[Sample]:
+        for pair in pairs:
             image, labels = self._decode(*pair)
             yield Sample(np.asarray(image), np.asarray(labels))
 

@@ -200,7 +200,7 @@ def _demonstrate(args: argparse.Namespace, source: Source, backend: str, console
     torch.manual_seed(args.seed)
     # On the CPU, convolutions are faster with the channels last; the fused loss reads such exits as they are.
     model = MultiExitNet(len(source.names)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    class_weight = _class_weight(source.shares)
+    class_weight = enet_class_weight(source.shares)
     criterion = SelfRegulationLoss(
         temperature=args.temperature,
         ignore_index=args.ignore_index,
@@ -230,8 +230,8 @@ def _demonstrate(args: argparse.Namespace, source: Source, backend: str, console
     console.print(f"picture: {args.output}", soft_wrap=True)
 
 
-def _class_weight(shares: Sequence[float]) -> Tensor:
-    """Large for rare classes, as in ENet (Paszke et al., 2016)."""
+def enet_class_weight(shares: Sequence[float]) -> Tensor:
+    """Weights (C,) of mean 1, large for classes of a small share in the pixels, as in ENet (Paszke et al., 2016)."""
     weight = 1 / torch.log(1.02 + torch.tensor(shares))
     return weight / weight.mean()
 

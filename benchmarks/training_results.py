@@ -1,0 +1,271 @@
+"""What the README says of training, and its figure, from benchmarks/results/ablation-*.csv alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from figures import GREY, Row, read, save, set_style
+
+OBJECTIVES = ("deepest exit only", "MEA", "MEA + SR-F", "MEA + SR-L", "MEA + SR-F + SR-L")
+COLOURS = dict(zip(OBJECTIVES, (GREY, "#3b8eda", "#2fa05a", "#d08a1d", "#e5534b"), strict=True))
+CLASSES = "sky building road pavement tree fence car pole sign pedestrian cyclist".split()  # the thin ones last
+THIN = CLASSES[-4:]
+BASELINE = OBJECTIVES[0]  # its other exits are not trained
+BEFORE_SR = "MEA"  # what the SR terms are added to
+EXITS = range(4)
+WITHOUT_FIGURE = ("ablation-parity", "ablation-step")
+
+
+def is_one(path: Path) -> bool:
+    """Whether it is results of training, not of the losses."""
+    return path.stem.startswith("ablation-")
+
+
+def section(root: Path) -> str:
+    """What stands between the README's markers."""
+    parts = []
+    for name, described in (("full", ablation), ("quick", ablation), ("parity", parity), ("step", step)):
+        path = root / "benchmarks" / "results" / f"ablation-{name}.csv"
+        if path.exists():
+            parts.append(described(path, root))
+    return "\n\n".join(parts) if parts else "No results are recorded yet."
+
+
+def draw(path: Path, folder: Path) -> list[Path]:
+    """Writes FOLDER/STEM-iou.png, if the file has runs of all objectives; returns which."""
+    if path.stem in WITHOUT_FIGURE:
+        return []
+    set_style()
+    drawn = folder / f"{path.stem}-iou.png"
+    save(_iou(final(read(path))), drawn, path)
+    return [drawn]
+
+
+# ---------------------------------------------------------------------------------------------------------- ablation
+
+
+def final(rows: Iterable[Row]) -> list[Row]:
+    """The rows of each run's end, but those of exits that were not trained."""
+    ended = [row for row in rows if row["epoch"] == row["epochs"]]
+    return [row for row in ended if row["objective"] != BASELINE or row["exit"] == EXITS[-1]]
+
+
+def ablation(path: Path, root: Path) -> str:
+    """The five objectives, at every exit and class by class; then other settings of the SR terms."""
+    rows = final(read(path))
+    main = [row for row in rows if row["settings"] is None]
+    seeds = sorted({row["seed"] for row in main})
+    parts = [
+        f"{_about(rows, root, path)} CamVid, {_size(rows[0])}: {len(seeds)} seeds each, "
+        f"{rows[0]['epochs']:g} epochs, in all {_minutes(main)} of {_unit(rows[0])}. IoU in percent on the "
+        "validation images: mean ± standard deviation over the seeds.",
+        _by_exit(main),
+        "The deepest exit, class by class; thin classes last:",
+        _by_class(main),
+    ]
+    parts += _pictures(path, root)
+    if others := [row for row in rows if row["settings"] is not None]:
+        parts += ["Other settings of the SR terms, with the whole objective:", _search(main, others)]
+    return "\n\n".join(parts)
+
+
+def _by_exit(rows: Sequence[Row]) -> str:
+    headings = ["objective", *(f"exit {i}" for i in EXITS), "thin classes, exit 3", f"exit 3, less {BEFORE_SR}"]
+    lines = []
+    for objective in OBJECTIVES:
+        own = [row for row in rows if row["objective"] == objective]
+        cells = [_spread(row["miou"] for row in own if row["exit"] == i) for i in EXITS]
+        cells.append(_spread(row["thin_miou"] for row in own if row["exit"] == EXITS[-1]))
+        before = [row for row in rows if row["objective"] == BEFORE_SR]
+        cells.append("" if objective == BEFORE_SR else _difference(own, before))
+        lines.append([objective, *cells])
+    return table(headings, lines)
+
+
+def _by_class(rows: Sequence[Row]) -> str:
+    deepest = [row for row in rows if row["exit"] == EXITS[-1]]
+    lines = []
+    for name in CLASSES:
+        cells = [_spread((r[name] for r in deepest if r["objective"] == o), digits=0) for o in OBJECTIVES]
+        lines.append([name, *cells])
+    return table(["class", *OBJECTIVES], lines)
+
+
+def _search(main: Sequence[Row], others: Sequence[Row]) -> str:
+    """Each setting beside the runs of the same seeds with the default ones, and with MEA alone."""
+    seeds = {row["seed"] for row in others}
+    whole = [row for row in main if row["seed"] in seeds and row["objective"] == OBJECTIVES[-1]]
+    before = [row for row in main if row["seed"] in seeds and row["objective"] == BEFORE_SR]
+    runs = {"the defaults": whole}
+    for row in others:
+        runs.setdefault(row["settings"], []).append(row)
+    lines = [
+        [
+            settings,
+            f"{len({row['seed'] for row in own})}",
+            *(_spread(row["miou"] for row in own if row["exit"] == i) for i in EXITS),
+            _spread(row["thin_miou"] for row in own if row["exit"] == EXITS[-1]),
+            _difference(own, before),
+        ]
+        for settings, own in runs.items()
+    ]
+    headings = ["settings", "seeds", *(f"exit {i}" for i in EXITS), "thin classes, exit 3", "exit 3, less MEA"]
+    return table(headings, lines)
+
+
+def _difference(own: Sequence[Row], before: Sequence[Row]) -> str:
+    """Of the deepest exit's mIoU, seed by seed."""
+    deepest = [{r["seed"]: r["miou"] for r in rows if r["exit"] == EXITS[-1]} for rows in (own, before)]
+    return _spread((deepest[0][seed] - deepest[1][seed] for seed in deepest[0] if seed in deepest[1]), sign="+")
+
+
+def _spread(values: Iterable[float], digits: int = 1, sign: str = "") -> str:
+    percent = [100 * value for value in values]
+    if not percent:
+        return ""
+    text = f"{statistics.mean(percent):{sign}.{digits}f}"
+    return text if len(percent) < 2 else f"{text} ± {statistics.stdev(percent):.{digits}f}"
+
+
+def _size(row: Row) -> str:
+    return {
+        "quick": "**reduced to a quarter of its resolution (90 x 120), with a small network: `--quick`**",
+        "full": "360 x 480",
+    }[row["preset"]]
+
+
+def _minutes(rows: Sequence[Row]) -> str:
+    key = "cpu_seconds" if rows[0]["preset"] == "quick" else "seconds"
+    return f"{sum(row[key] for row in rows if row['exit'] == EXITS[-1]) / 60:.0f} minutes"
+
+
+def _unit(row: Row) -> str:
+    return "one core's time" if row["preset"] == "quick" else "training"
+
+
+def _iou(rows: Sequence[Row]) -> Any:
+    """mIoU at each exit, and the thin classes at the deepest: a dot for each seed, a line for their mean."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["settings"] is None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.2))
+    deepest = [row for row in rows if row["exit"] == EXITS[-1]]
+    names = [f"exit {i}" for i in EXITS]
+    _grouped(left, names, lambda o, n: [r["miou"] for r in rows if r["objective"] == o and r["exit"] == names.index(n)])
+    _grouped(right, THIN, lambda o, n: [r[n] for r in deepest if r["objective"] == o])
+    left.set(ylabel="mIoU, %")
+    right.set(ylabel="IoU of thin classes at exit 3, %")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, borderaxespad=0)
+    figure.tight_layout()
+    return figure
+
+
+def _grouped(axes: Any, names: Sequence[str], values: Callable[[str, str], list[float]]) -> None:
+    for k, (objective, colour) in enumerate(COLOURS.items()):
+        for x, name in enumerate(names):
+            at, own = x + 0.15 * (k - 2), [100 * value for value in values(objective, name)]
+            if own:
+                axes.scatter([at] * len(own), own, 14, colour, alpha=0.7, linewidths=0)
+                mean = statistics.mean(own)
+                axes.plot([at - 0.06, at + 0.06], [mean, mean], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.scatter([], [], 24, colour, label=objective, linewidths=0)
+    axes.set_xticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.grid(axis="y")
+
+
+# ----------------------------------------------------------------------------------------------------- parity, a step
+
+
+def parity(path: Path, root: Path) -> str:
+    rows = read(path)
+    lines = [
+        [
+            row["precision"],
+            f"{row['fused_to_references']:.1e}",
+            f"{row['between_references']:.1e}",
+            f"{row['most_between_references']:.1e}",
+        ]
+        for row in rows
+    ]
+    return "\n\n".join(
+        [
+            f"{_about(rows, root, path)} Curves of the loss over {rows[0]['steps']:g} steps from one seed, from "
+            f"{rows[0]['first_loss']:.1f} to {rows[0]['last_loss']:.1f}: largest differences. The reference's own runs "
+            "differ in the order of the images within their batches only.",
+            table(["precision", "fused to reference", "reference to reference", "at most"], lines),
+        ]
+    )
+
+
+def step(path: Path, root: Path) -> str:
+    rows = read(path)
+    lines, limits = [], {}
+    for fused, plain in zip(rows[::2], rows[1::2], strict=True):  # in turns
+        case = [f"{fused['network']}, SR-F on {fused['sr_f_on']}", _batch(fused)]
+        if fused["memory_gib"] is not None:
+            key = fused["network"], fused["sr_f_on"], fused["memory_gib"]
+            limits[key] = [case[0], f"{fused['memory_gib']:g} GiB", f"{plain['batch']:g}", f"{fused['batch']:g}"]
+            continue
+        lines.append(
+            [
+                *case,
+                f"{plain['step_ms']:.0f} ms",
+                f"**{fused['step_ms']:.0f} ms**",
+                f"{plain['step_ms'] / fused['step_ms']:.2f}×",
+                f"{plain['loss_ms']:.1f} → {fused['loss_ms']:.1f} ms",
+                _mib(plain),
+                f"**{_mib(fused)}**",
+            ]
+        )
+    headings = ["network", "batch", "step: reference", "fused", "faster", "loss, forward", "peak: reference", "fused"]
+    parts = [
+        f"{_about(rows, root, path)} {rows[0]['precision']}: the whole step (forward, loss, backward, update), medians "
+        "in turns; peak memory above what is there between steps.",
+        table(headings, lines),
+    ]
+    if limits:
+        parts += [
+            "The largest batch at 512 x 512:",
+            table(["network", "memory", "reference", "fused"], limits.values()),
+        ]
+    return "\n\n".join(parts)
+
+
+def _batch(row: Row) -> str:
+    return f"{row['batch']:g} of {row['size'].replace('x', '·')}"
+
+
+def _mib(row: Row) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f} MiB" if row["peak_bytes"] else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- both
+
+
+def _about(rows: Sequence[Row], root: Path, path: Path) -> str:
+    """Where and with what."""
+    values = {
+        key: ", ".join(dict.fromkeys(f"{row[key]:g}" if isinstance(row[key], float) else row[key] for row in rows))
+        for key in ("device", "threads", "torch", "commit")
+    }
+    link = path.relative_to(root).as_posix()
+    plural = "" if values["threads"] == "1" else "s"
+    return "**{device}**, {threads} thread{s}, torch {torch}, commit {commit}: [all figures]({link}).".format(
+        s=plural, link=link, **values
+    )
+
+
+def _pictures(path: Path, root: Path) -> list[str]:
+    captions = {"iou": "IoU at every exit, and of thin classes"}
+    files = {name: path.with_name(f"{path.stem}-{name}.png") for name in captions}
+    return [f"![{captions[n]}]({f.relative_to(root).as_posix()})" for n, f in files.items() if f.exists()]
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [headings, ["---"] + ["---:"] * (len(headings) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
