@@ -63,7 +63,7 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
     """A run stopped after each of its epochs: the same weights, momentum and figures, bit for bit."""
     preset, run = tiny(training), training.Run(training.ALL, 3)
     data = training.load(folder, preset, CPU)
-    assert training.train(run, preset, data, tmp_path / "whole", "reference")
+    assert training.train(run, preset, data, tmp_path / "whole")
 
     class Stop(Exception):
         pass
@@ -73,8 +73,8 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
 
     for _ in range(preset.epochs):
         with pytest.raises(Stop):
-            training.train(run, preset, data, tmp_path / "parts", "reference", advance=stop)
-    assert training.train(run, preset, data, tmp_path / "parts", "reference", advance=stop)  # nothing is left to do
+            training.train(run, preset, data, tmp_path / "parts", advance=stop)
+    assert training.train(run, preset, data, tmp_path / "parts", advance=stop)  # nothing is left to do
     states = [torch.load(tmp_path / part / f"{run.name}.pt", weights_only=True) for part in ("whole", "parts")]
     for key in ("model", "optimizer"):
         torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=0)
