@@ -14,10 +14,11 @@ from .cases import DTYPES, FUSED, Case
 from .trial import Record
 
 EXPLANATION = (
-    "Times: median of a training step's parts, inputs cold, gradients allocated afresh; peers take turns. GB/s: bytes "
-    "that must move, by both passes. Percent: of a copy's bytes per second, and of the exponentials per second that "
-    "this machine reached in the best of the rounds (one is needed for each exit, channel and output pixel, at least). "
-    "Peak: memory above the inputs. A half is computed under autocast."
+    "Times: median of a training step's parts, inputs cold, gradients allocated afresh; peers take turns, each "
+    "beginning with a step that is not counted. GB/s: bytes that must move, by both passes. Percent: of a copy's bytes "
+    "per second, and of the exponentials per second that this machine reached in the best of the rounds (one is needed "
+    "for each exit, channel and output pixel, at least). Peak: memory above the inputs. A half is computed under "
+    "autocast."
 )
 FEW = 0.1  # by which growth may differ from linear
 
