@@ -20,7 +20,7 @@ demo: install
 test: install
 	$(BIN)/pytest -n auto --maxprocesses 8 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
 
-# benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some 20 minutes on two cores.
+# benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some ten minutes on two cores.
 bench-results: install
 	$(BIN)/selfreg-fast bench interpolate scaling loss --out benchmarks/results $(ARGS)
 

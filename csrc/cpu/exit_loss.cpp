@@ -331,7 +331,7 @@ class Worker {
     ahead = {e, reinterpret_cast<const char*>(z), 0, 0, 0, nullptr, nullptr, nullptr};
     const bool of_next_tile = e == N;
     if (of_next_tile) e = T ? L.teachers[0] : 0;
-    if (is_resized(e)) return;
+    if (is_resized(e) || seen.exit == e) return;
     const View& v = L.exits[e];
     const Runs runs = runs_of(v, L);
     const bool apart = shares_cache_sets(v);
@@ -377,12 +377,7 @@ class Worker {
     const Runs runs = runs_of(v, L);
     over_runs(v, runs, [&](int64_t offset, int64_t first, int64_t count) {
       if (runs.step == 1) {
-        for (int c = c0; c < c1; ++c) {
-          A* dst = row(to, c) + first;
-          const S* src = data + offset + c * v.stride_c;
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) convert(dst[i], src[i]);
-        }
+        for (int c = c0; c < c1; ++c) convert(row(to, c) + first, data + offset + c * v.stride_c, count);
         return;
       }
       // Channels are close together: few pixels at a time, so that a cache line is read once.
@@ -394,8 +389,7 @@ class Worker {
             V pixels[kLanes];
             for (int p = 0; p < kLanes; ++p) {
               A values[kLanes];
-#pragma omp simd
-              for (int k = 0; k < kLanes; ++k) convert(values[k], src[p * runs.step + c + k]);
+              convert(values, src + p * runs.step + c, kLanes);
               pixels[p] = load<V>(values);
             }
             transpose<V, VInt>(pixels);
@@ -503,12 +497,7 @@ class Worker {
     const Runs runs = runs_of(v, L);
     over_runs(v, runs, [&](int64_t offset, int64_t first, int64_t count) {
       if (runs.step == 1) {
-        for (int c = c0; c < c1; ++c) {
-          S* dst = data + offset + c * v.stride_c;
-          const A* src = row(z, c) + first;
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) convert(dst[i], src[i]);
-        }
+        for (int c = c0; c < c1; ++c) convert(data + offset + c * v.stride_c, row(z, c) + first, count);
         return;
       }
       for (int64_t i = 0; i < count; i += kLanes) {
@@ -522,8 +511,7 @@ class Worker {
             for (int p = 0; p < kLanes; ++p) {
               A values[kLanes];
               store(values, pixels[p]);
-#pragma omp simd
-              for (int k = 0; k < kLanes; ++k) convert(dst[p * runs.step + c + k], values[k]);
+              convert(dst + p * runs.step + c, values, kLanes);
             }
           });
           continue;

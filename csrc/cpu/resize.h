@@ -218,12 +218,7 @@ class Resizer {
       const S* const from = data + needed[j] * exit->stride_h;
       A* const to = patch + j * line;
       if (together) {
-        for (int c = 0; c < C; ++c) {
-          const S* const src = from + c * exit->stride_c + taken[0];
-          A* const dst = to + c * patch_row;
-#pragma omp simd
-          for (int64_t x = 0; x < count; ++x) convert(dst[x], src[x]);
-        }
+        for (int c = 0; c < C; ++c) convert(to + c * patch_row, from + c * exit->stride_c + taken[0], count);
       } else {
         for (int64_t x = 0; x < count; ++x)
           for (int c = 0; c < C; ++c)

@@ -53,4 +53,26 @@ SELFREG_ALWAYS void convert(Half& to, float from) {
   to.bits = uint16_t(h | (u >> 16 & 0x8000u));
 }
 
+// n numbers side by side.
+template <class To, class From>
+SELFREG_ALWAYS void convert(To* to, const From* from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) convert(to[i], from[i]);
+}
+#if defined(__F16C__)  // the processor's own conversions
+SELFREG_ALWAYS void convert(float* to, const Half* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < n; ++i) convert(to[i], from[i]);
+}
+SELFREG_ALWAYS void convert(Half* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < n; ++i) convert(to[i], from[i]);
+}
+#endif
+
 }  // namespace
