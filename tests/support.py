@@ -156,11 +156,12 @@ def upstream(kind: str, out: Tensor, seed: int = 4) -> Tensor:
 
 
 class Network(nn.Module):
-    """Three exits (B, 5, h/2, w/2) of images (B, 3, h, w), each a convolution further; without batch norm."""
+    """Three exits (B, 5, h/stride, w/stride) of images (B, 3, h, w), each a convolution further; without batch norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        self.stages = nn.ModuleList([nn.Conv2d(c, 8, 3, padding=1, stride=s) for c, s in ((3, 2), (8, 1), (8, 1))])
+        convolutions = ((3, stride), (8, 1), (8, 1))
+        self.stages = nn.ModuleList([nn.Conv2d(c, 8, 3, padding=1, stride=s) for c, s in convolutions])
         self.heads = nn.ModuleList([nn.Conv2d(8, 5, 1) for _ in range(3)])
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import (
     Backend,
+    Network,
     assert_close,
     leaves,
     make_class_weight,
@@ -19,7 +20,7 @@ from support import (
     make_pixel_weight,
     value_and_gradients,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import selfreg_fast as srf
 from selfreg_fast import reference
@@ -307,26 +308,10 @@ def test_more_elements_than_32_bits_count(backend: Backend, layout: str) -> None
 # ------------------------------------------------------------------------------------------ training
 
 
-class Network(nn.Module):
-    """Three exits, each a convolution further."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList([nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8)])
-        self.heads = nn.ModuleList([nn.Conv2d(8, 5, 1) for _ in range(3)])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        exits = []
-        for stage, head in zip(self.stages, self.heads, strict=True):
-            x = stage(x).relu()
-            exits.append(head(x))
-        return exits
-
-
 def test_autocast_and_gradient_scaler(backend: Backend) -> None:
     """float16 exits and a loss scaled by 2^16: every step is taken, and the first gradients are those of float32."""
     torch.manual_seed(0)
-    network = Network().cuda()
+    network = Network(stride=1).cuda()
     x = torch.randn(2, 3, 256, 256, device="cuda")
     labels = make_labels((2, 256, 256), 5, device="cuda")
     criterion = srf.SelfRegulationLoss(temperature=2.0, backend=backend.name)
