@@ -36,9 +36,7 @@ def exit_loss(
         raise RuntimeError("selfreg_fast: the fused losses do not work under torch.func; pass backend='reference'")
     wanted: tuple[int, ...] = ()
     if torch.is_grad_enabled():
-        wanted = tuple(
-            i for i, z in enumerate(exits) if z.requires_grad and _learns(i, labels is not None, weights, options)
-        )
+        wanted = tuple(i for i, z in enumerate(exits) if z.requires_grad and _learns(i, labels is not None, options))
     try:
         total, losses = _ExitLoss.apply(  # type: ignore[no-untyped-call]
             backend, labels, class_weight, pixel_weight, scale, weights, wanted, options, *exits
@@ -62,17 +60,14 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def _learns(i: int, labelled: bool, weights: tuple[float, ...], options: Options) -> bool:
-    """Whether exit i gets any gradient: from the labels, from a teacher, or as a teacher that is not detached."""
-    n = len(weights) // (len(options.teachers) + 1)
-    if labelled and (not weights or weights[i] != 0):
+def _learns(i: int, labelled: bool, options: Options) -> bool:
+    """Whether any of the losses has a gradient for exit i: from the labels, from a teacher, or as one that learns.
+
+    Also one of weight 0 in the total: the losses are differentiable, too.
+    """
+    if labelled or any(t != i for t in options.teachers):
         return True
-    for r, t in enumerate(options.teachers):
-        if t != i and (not weights or weights[(r + 1) * n + i] != 0):
-            return True
-        if t == i and not options.detach_teacher:
-            return True
-    return False
+    return i in options.teachers and not options.detach_teacher
 
 
 class _ExitLoss(torch.autograd.Function):

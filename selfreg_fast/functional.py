@@ -36,6 +36,7 @@ __all__ = [
 VALIDATE = os.environ.get("SELFREG_FAST_VALIDATE") == "1"
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+_TAU = (1e-15, 1e15)  # float32 has its square and its reciprocal
 
 
 def exit_loss_matrix(
@@ -72,7 +73,7 @@ def exit_loss_matrix(
             bfloat16 or float64, one dtype; any strides. 4-d exits may differ in (H, W): they are resized bilinearly.
         labels: (B, ...) uint8, int32 or int64 class indices, `ignore_index` where there is none. None: row 0 is 0.
         teachers: distinct indices of exits, negative ones counted from the deepest.
-        temperature: tau > 0.
+        temperature: tau > 0, from 1e-15 to 1e15.
         renormalize: False: teacher and student are softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
         target: "soft", or "argmax": the teacher's most likely class is a hard label (tau plays no part).
         ignore_index: label that does not count.
@@ -354,8 +355,11 @@ def self_regulation_loss(
             _require_number(weight, name)
     _require_number(seg_weight, "seg_weight")
     _require_number(cls_weight, "cls_weight")
+    _check_exits(logits, "logits")
     if features is not None:
         _count(features, "features", at_least=2)
+        _check_exits(features, "features")
+        _require_same_images(features[0], "features[0]", logits[0])
     if image_logits is None and presence is not None:
         raise ValueError("presence is used with image_logits only, but image_logits is None")
     if image_logits is not None and reduction == "none":
@@ -399,7 +403,7 @@ def self_regulation_loss(
         **soft,
         **shared,
     )
-    zero = losses.new_zeros(())
+    zero = losses.new_zeros(losses.shape[2:])
     mea = seg_weight * _weighted(losses[0], exit_weights) if mea_weight is not None else zero
     sr_l = losses[-1].sum(0) if sr_l_weight is not None else zero
     sr_f = losses[1].sum(0) if 0 in teachers else zero
@@ -411,6 +415,9 @@ def self_regulation_loss(
         _check_image_logits(image_logits, 1)
         if len(image_logits) != n:
             raise ValueError(f"image_logits: expected one for each of the {n} exits, got {len(image_logits)}")
+        _require_device(image_logits[0], "image_logits[0]", logits[0])
+        if image_logits[0].shape[0] != logits[0].shape[0]:
+            raise ValueError(f"image_logits[0]: expected {logits[0].shape[0]} images, got {_shape(image_logits[0])}")
         if presence is None:
             presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
         image_mea = cls_weight * presence_loss(image_logits, presence, process_group=process_group)
@@ -440,6 +447,9 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_g
     """
     _check_image_logits(image_logits, 1)
     _require_tensor(presence, "presence")
+    if presence.is_complex():
+        raise TypeError(f"presence: expected 0, 1 or probabilities, got {presence.dtype}")
+    _require_device(presence, "presence", image_logits[0], "image_logits[0]")
     if presence.shape != image_logits[0].shape:
         raise ValueError(f"presence: expected shape {_shape(image_logits[0])}, got {_shape(presence)}")
     return reference.presence_loss(image_logits, presence, process_group=process_group)
@@ -485,6 +495,7 @@ def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255
     _check_label_dtype(labels)
     if not _is_integer(num_classes) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    ignore_index = _checked_ignore_index(ignore_index)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         autograd.check_labels(labels, num_classes, ignore_index)
     return reference.presence_vector(labels, num_classes, ignore_index=ignore_index)
@@ -518,16 +529,14 @@ def _losses(
     _check_exits(exits, name)
     first = exits[0]
     _require_number(temperature, "temperature")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    if not _TAU[0] <= temperature <= _TAU[1]:
+        raise ValueError(f"temperature: expected a number > 0, in [{_TAU[0]:g}, {_TAU[1]:g}], got {temperature}")
     _require_choice(target, "target", ("soft", "argmax"))
     _require_choice(reduction, "reduction", ("mean", "sum", "none"))
     _require_number(label_smoothing, "label_smoothing")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if not _is_integer(ignore_index):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    ignore_index = int(ignore_index)
+    ignore_index = _checked_ignore_index(ignore_index)
     for option, value in (
         ("renormalize", renormalize),
         ("align_corners", align_corners),
@@ -722,6 +731,17 @@ def _check_exits(exits: Sequence[Tensor], name: str) -> None:
             )
 
 
+def _require_same_images(features: Tensor, name: str, logits: Tensor) -> None:
+    """Batch and rank of `logits`; also its sizes, where these are not resized."""
+    _require_device(features, name, logits)
+    fixed = 1 if logits.dim() == 4 else logits.dim()
+    shape, want = ((t.shape[0], "*", *t.shape[2:fixed], *"*" * (t.dim() - fixed - 1)) for t in (features, logits))
+    if shape != want:
+        raise ValueError(
+            f"{name}: expected shape ({', '.join(map(str, want))}) like the logits, got {_shape(features)}"
+        )
+
+
 def _output_spatial(
     exits: Sequence[Tensor], labels: Tensor | None, size: Sequence[int] | None, name: str
 ) -> tuple[int, ...]:
@@ -754,6 +774,14 @@ def _check_label_dtype(labels: Tensor) -> None:
         raise ValueError("labels: expected shape (B, ...), got a scalar")
 
 
+def _checked_ignore_index(ignore_index: int) -> int:
+    if not _is_integer(ignore_index):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer that int64 has, got {ignore_index}")
+    return int(ignore_index)
+
+
 def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) -> None:
     _require_device(m, name, first)
     if m.shape != (first.shape[0], *spatial):
@@ -776,6 +804,7 @@ def _check_image_logits(image_logits: Sequence[Tensor], at_least: int) -> None:
     _count(image_logits, "image_logits", at_least)
     for i, z in enumerate(image_logits):
         _require_tensor(z, f"image_logits[{i}]", floating=True)
+        _require_device(z, f"image_logits[{i}]", image_logits[0], "image_logits[0]")
         if z.dim() != 2 or z.shape != image_logits[0].shape:
             raise ValueError(f"image_logits[{i}]: expected one shape (B, K) for all exits, got {_shape(z)}")
 
@@ -801,9 +830,9 @@ def _require_tensor(t: Tensor, name: str, floating: bool = False) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
 
 
-def _require_device(t: Tensor, name: str, first: Tensor) -> None:
+def _require_device(t: Tensor, name: str, first: Tensor, whose: str = "the exits") -> None:
     if t.device != first.device:
-        raise ValueError(f"{name}: expected device {first.device} of the exits, got {t.device}")
+        raise ValueError(f"{name}: expected device {first.device} of {whose}, got {t.device}")
 
 
 def _require_number(x: float, name: str) -> None:
@@ -820,5 +849,5 @@ def _is_integer(x: object) -> bool:
 
 
 def _require_choice(x: str, name: str, choices: tuple[str, ...]) -> None:
-    if x not in choices:
+    if not isinstance(x, str) or x not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")

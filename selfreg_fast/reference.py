@@ -321,7 +321,8 @@ def self_regulation_loss(
         "target": target,
         "detach_teacher": detach_teacher,
     }
-    mea = sr_f = sr_l = torch.zeros((), dtype=loss_dtype(logits[0].dtype), device=logits[0].device)
+    shape = (labels.shape[0], *size) if reduction == "none" else ()
+    mea = sr_f = sr_l = torch.zeros(shape, dtype=loss_dtype(logits[0].dtype), device=logits[0].device)
     if mea_weight is not None:
         mea = seg_weight * mea_loss(
             logits,

@@ -148,6 +148,7 @@ def test_an_outer_factor(backend: Backend, factor: float) -> None:
         {"sr_f_weight": 0.0, "sr_l_weight": 0.0},
         {"sr_f_weight": None, "sr_l_weight": None},
         {"mea_weight": None, "sr_f_weight": None},
+        {"mea_weight": None, "sr_f_weight": 0.0},
         {"sr_l_weight": -1.0},
         {"seg_weight": 0.0},
         {"exit_weights": [0.0, 1.0, 0.0]},

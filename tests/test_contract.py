@@ -149,9 +149,14 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     ],
     (_matrix, {"temperature": 10**400}, ValueError, "temperature: expected a number that float64 has"),
     *[
-        (f, {"temperature": tau}, ValueError, f"temperature: expected a finite number > 0, got {tau}")
+        (
+            f,
+            {"temperature": tau},
+            ValueError,
+            rf"temperature: expected a number > 0, in \[.*\], got {re.escape(str(tau))}",
+        )
         for f in (_matrix, _total)
-        for tau in (0, -1.0, math.inf, math.nan)
+        for tau in (0, -1.0, math.inf, math.nan, 1e-39, 1e200)  # the last ones are 0 or infinite in float32
     ],
     (_matrix, {"temperature": "2"}, TypeError, "temperature: expected a number, got str"),
     (_matrix, {"temperature": True}, TypeError, "temperature: expected a number, got bool"),
@@ -162,11 +167,19 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (_matrix, {"label_smoothing": None}, TypeError, "label_smoothing: expected a number, got NoneType"),
     (_matrix, {"ignore_index": 1.0}, TypeError, "ignore_index: expected an integer, got float"),
     (_matrix, {"ignore_index": None}, TypeError, "ignore_index: expected an integer, got NoneType"),
+    (_matrix, {"ignore_index": True}, TypeError, "ignore_index: expected an integer, got bool"),
+    (_matrix, {"ignore_index": 2**63}, ValueError, f"ignore_index: expected an integer that int64 has, got {2**63}"),
     (_matrix, {"target": "hard"}, ValueError, "target: expected one of 'soft', 'argmax', got 'hard'"),
     (_matrix, {"reduction": "avg"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'avg'"),
     (_matrix, {"reduction": None}, ValueError, "reduction: .*got None"),
+    (_matrix, {"target": np.ones(2)}, ValueError, r"target: expected one of 'soft', 'argmax', got array"),
+    (_matrix, {"reduction": ["mean"]}, ValueError, r"reduction: .*got \['mean'\]"),
+    (_matrix, {"backend": None}, ValueError, "backend: expected 'auto' or one of .*got None"),
     (_matrix, {"teachers": 0}, TypeError, "teachers: expected a sequence of exit indices, got 0"),
-    (_matrix, {"teachers": [0.0]}, TypeError, "teachers: expected a sequence of exit indices"),
+    *[
+        (_matrix, {"teachers": bad}, TypeError, "teachers: expected a sequence of exit indices, got")
+        for bad in ([0.0], [True], None, "0", {0})
+    ],
     (_matrix, {"teachers": [3]}, ValueError, r"teachers: .*3 exits.*got 3"),
     (_matrix, {"teachers": [-4]}, ValueError, r"teachers: .*3 exits.*got -4"),
     (_matrix, {"teachers": [0, 2, -3]}, ValueError, r"teachers: expected distinct exits, got \(0, 2, -3\)"),
@@ -179,7 +192,61 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (_total, {"exit_weights": [1.0]}, ValueError, "exit_weights: expected one for each of the 3 exits, got 1"),
     (_total, {"exit_weights": 1.0}, TypeError, "exit_weights: expected 3 numbers, got float"),
     (_total, {"exit_weights": [1.0, "2", 3.0]}, TypeError, r"exit_weights\[1\]: expected a number, got str"),
+    # features of other images than the logits
+    *[
+        (
+            _total,
+            {"features": make_exits(2, shape)},
+            ValueError,
+            rf"features\[0\]: .*\(2, \*, \*, \*\).*got .{shape[0]}, 7",
+        )
+        for shape in ((3, 7, 4, 6), (2, 7, 24), (2, 7))
+    ],
+    (
+        _total,
+        {"logits": [z.flatten(2) for z in EXITS], "labels": LABELS.flatten(1), "features": make_exits(2, (2, 7, 9))},
+        ValueError,
+        r"features\[0\]: expected shape \(2, \*, 24\) like the logits, got \(2, 7, 9\)",
+    ),
+    (_total, {"features": [1.0, 2.0]}, TypeError, r"features\[0\]: expected a tensor, got float"),
+    (_total, {"features": [z.to("meta") for z in EXITS]}, ValueError, r"features\[0\]: expected device cpu.*got meta"),
     # image-level predictions
+    (
+        _total,
+        {"image_logits": make_exits(3, (3, 5)), "presence": torch.ones(3, 5)},
+        ValueError,
+        r"image_logits\[0\]: expected 2 images, got \(3, 5\)",
+    ),
+    (
+        _total,
+        {"image_logits": [z.to("meta") for z in IMAGE_LOGITS]},
+        ValueError,
+        r"image_logits\[0\]: expected device cpu.*got meta",
+    ),
+    (
+        srf.presence_loss,
+        {"image_logits": [IMAGE_LOGITS[0], IMAGE_LOGITS[1].to("meta")], "presence": torch.ones(2, 5)},
+        ValueError,
+        r"image_logits\[1\]: expected device cpu of image_logits\[0\], got meta",
+    ),
+    (
+        srf.presence_loss,
+        {"image_logits": IMAGE_LOGITS, "presence": torch.ones(2, 5, device="meta")},
+        ValueError,
+        "presence: expected device cpu.*got meta",
+    ),
+    (
+        srf.presence_loss,
+        {"image_logits": IMAGE_LOGITS, "presence": torch.ones(2, 5).cfloat()},
+        TypeError,
+        "presence: expected 0, 1 or probabilities, got torch.complex64",
+    ),
+    (
+        srf.presence_vector,
+        {"labels": LABELS, "num_classes": 5, "ignore_index": "255"},
+        TypeError,
+        "ignore_index: expected an integer, got str",
+    ),
     (_total, {"presence": torch.ones(2, 5)}, ValueError, "presence is used with image_logits only"),
     (_total, {"image_logits": IMAGE_LOGITS, "reduction": "none"}, ValueError, 'image_logits .*reduction="none"'),
     (_total, {"image_logits": IMAGE_LOGITS[0]}, TypeError, "image_logits: expected a list or tuple"),
