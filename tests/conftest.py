@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import on_host
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 STAND_INS = on_host.stand_in()  # before selfreg_fast is imported
 
@@ -18,10 +18,10 @@ from support import Backend  # noqa: E402
 import selfreg_fast as srf  # noqa: E402
 from selfreg_fast.backends import TRITON_INTERPRETED, device_of  # noqa: E402
 
-settings.register_profile(
-    "ci", max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("search", max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROFILE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+WITHOUT_TARGET = [phase for phase in Phase if phase != Phase.target]  # which is a search for larger errors
+settings.register_profile("ci", max_examples=200, derandomize=True, phases=WITHOUT_TARGET, **PROFILE)
+settings.register_profile("long", max_examples=10_000, **PROFILE)
 # On a GPU Triton compiles for every other set of options.
 settings.register_profile("gpu", settings.get_profile("ci"), max_examples=40)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

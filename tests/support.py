@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfreg_fast import reference
 from selfreg_fast.ops import resizes
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "cropped", "cropped_channels_last", "expanded")
@@ -242,6 +244,119 @@ def smallest(dtype: torch.dtype) -> float:
     """What underflow may cost in a result of `dtype`."""
     info = torch.finfo(dtype)
     return info.smallest_normal if info.bits >= 32 else info.smallest_normal * info.eps
+
+
+# ------------------------------------------------------------------------------------------------------ error bounds
+
+# How far a result may be from float64, as README.md ("Error bounds") and the docstring of exit_loss_matrix say:
+# the loss of exits of this dtype by `sum`, and an element of their gradient by `sum` and by `result`,
+# `sum` being relative to what is added up in it (`magnitudes`), and `result` to the element itself.
+ERRORS = {
+    torch.float64: {"sum": 4e-15, "result": 0.0},
+    torch.float32: {"sum": 2e-6, "result": 0.0},
+    torch.float16: {"sum": 2e-6, "result": 2**-10},
+    torch.bfloat16: {"sum": 2e-6, "result": 2**-7},
+}
+
+
+def magnitudes(
+    exits: Sequence[Tensor],
+    grad_losses: Tensor,
+    labels: Tensor | None = None,
+    *,
+    teachers: Sequence[int] = (),
+    temperature: float = 1.0,
+    renormalize: bool = False,
+    target: str = "soft",
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    pixel_weight: Tensor | None = None,
+    mask_soft: bool = False,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+) -> list[Tensor]:
+    """What the losses and the exits' gradients add up, in float64: their rounding is relative to it, not to the sum.
+
+    Of a pixel, times its weight and divided as the reduction says:
+    - a label loss, and its gradient: the class's weight (a logarithm near 0 is rounded like one near 1);
+    - a soft loss: max(tau, tau^2); its gradient: tau P, with P the sum of the target (both 1 for target="argmax");
+    - the gradient of a teacher that learns from it: loss / tau + P.
+
+    Args: those of exit_loss_matrix; grad_losses: the gradient of its losses, of their shape.
+
+    Returns: those of the losses, of their shape, and of each exit's gradient, (B, 1, ...).
+    """
+    n, tau = len(exits), temperature if target == "soft" else 1.0
+    resize = {"size": size, "mode": "bilinear", "align_corners": align_corners}
+    z = [x.detach().double() for x in exits]
+    if size is not None:
+        z = [F.interpolate(x, **resize) for x in z]
+    weight = torch.ones_like(z[0][:, 0]) if pixel_weight is None else pixel_weight.double()
+    valid = torch.ones_like(weight) if labels is None else (labels.long() != ignore_index).double()
+
+    def divided(m: Tensor, by: Tensor) -> Tensor:
+        return m if reduction != "mean" else m / by if by > 0 else torch.zeros_like(m)
+
+    rows = [torch.zeros_like(weight)]
+    if labels is not None:
+        of_class = z[0].new_ones(z[0].shape[1]) if class_weight is None else class_weight.double()
+        of_label = of_class[labels.long() * valid.long()]
+        smoothed = (1 - label_smoothing) * of_label + label_smoothing * of_class.mean()
+        rows = [divided(weight * valid * smoothed, (weight * valid * of_label).sum())]
+    soft = weight * valid if mask_soft else weight
+    rows += [divided(soft, soft.sum())] * len(teachers)
+    learns = not detach_teacher and target == "soft"
+    kwargs: dict[str, Any] = {"temperature": tau, "renormalize": renormalize, "reduction": "none"}
+    of_pixels = reference.exit_loss_matrix(z, teachers=teachers, **kwargs) if learns else torch.zeros(())
+
+    losses = torch.stack(rows).unsqueeze(1).repeat(1, n, *[1] * weight.dim())
+    losses[1:] *= max(tau, tau**2)
+    gradients = [torch.zeros_like(weight) for _ in z]
+    for r, row in enumerate(rows):
+        t, power = n, torch.ones_like(weight)
+        if r > 0:
+            t = teachers[r - 1] % n
+            losses[r, t] = 0
+            power = tau * ((z[t].log_softmax(1) / tau).exp().sum(1) if target == "soft" and not renormalize else power)
+        for i in range(n):
+            given = grad_losses[r, i].double().abs() * row
+            if i != t:
+                gradients[i] += given * power
+            if i != t < n and learns:
+                gradients[t] += given * (of_pixels[r, i] + power) / tau
+    if reduction != "none":
+        losses = losses.flatten(2).sum(2)
+    result = [losses]
+    for x, m in zip(exits, gradients, strict=True):
+        m = m.unsqueeze(1)
+        if size is not None:
+            small = torch.zeros_like(x[:, :1], dtype=torch.float64).requires_grad_()
+            (m,) = torch.autograd.grad(F.interpolate(small, **resize), small, m)
+        result.append(m)
+    return result
+
+
+def share_of_bound(
+    actual: Sequence[Tensor], exact: Sequence[Tensor], added: Sequence[Tensor], dtype: torch.dtype, times: float = 1.0
+) -> float:
+    """The largest error of [loss, gradient of each exit] of exits of `dtype`, as a share of what is allowed.
+
+    `added`: their magnitudes; `times`: by how much ERRORS may be exceeded. Infinite where one is not finite.
+    """
+    worst = 0.0
+    for i, (a, e, m) in enumerate(zip(actual, exact, added, strict=True)):
+        assert a.shape == e.shape, f"shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        e = e.double()
+        bound = ERRORS[dtype]["sum"] * (m + e.abs() if i == 0 else m)
+        if i > 0:
+            bound = bound + ERRORS[dtype]["result"] * e.abs()
+        bound = times * bound + smallest(a.dtype)
+        if a.numel():
+            worst = max(worst, ((a.double() - e).abs() / bound).nan_to_num(nan=math.inf).max().item())
+    return worst
 
 
 # ------------------------------------------------------------------------------------------------------ combinations
