@@ -101,6 +101,13 @@ def exit_loss_matrix(
         (T + 1, N) losses, or (T + 1, N, B, ...) with `reduction="none"`; float32, or float64 for float64 exits;
         differentiable once with respect to the exits.
 
+    Accuracy:
+        Against float64 on the same exits, of a fused backend, u = 2e-6 (1e-14 for float64 exits). A mean loss L errs by
+        at most u (L + 1), for soft targets u (L + max(tau, tau^2)). An element of its gradient errs by at most u w / M,
+        for soft targets u w tau P / M (w: the pixel's weight, M: the sum of the weights, P: the sum of the target, 1
+        where it is renormalised), to which float16 exits add 2^-10 and bfloat16 exits 2^-7 of the element itself.
+        The file tests/README.md has it for every option, and how it was measured.
+
     Raises:
         TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored, on a
             CPU or with `validate`.
@@ -355,9 +362,9 @@ def self_regulation_loss(
             _require_number(weight, name)
     _require_number(seg_weight, "seg_weight")
     _require_number(cls_weight, "cls_weight")
-    _check_exits(logits, "logits")
     if features is not None:
         _count(features, "features", at_least=2)
+        _check_exits(logits, "logits")
         _check_exits(features, "features")
         _require_same_images(features[0], "features[0]", logits[0])
     if image_logits is None and presence is not None:

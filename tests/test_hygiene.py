@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from support import (
     LAYOUTS,
     Backend,
@@ -130,6 +132,35 @@ def test_transforms_of_functions_are_right_or_refused(backend: Backend, name: st
         actual = transform(loss(backend.name), a, b)
     except RuntimeError as error:
         assert backend.fused and "selfreg_fast: the fused losses do not work under torch.func" in str(error)
+    else:
+        assert_close(actual, expected, 1e-5)
+
+
+def _forward_mode(f: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(a, b), b)).tangent
+
+
+def _batched(f: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
+    inputs = leaves([a, b])
+    some = torch.tensor([1.0, -2.0], device=a.device)
+    return torch.autograd.grad(f(*inputs), inputs[:1], some, is_grads_batched=True)[0]
+
+
+@pytest.mark.parametrize("transform", [_forward_mode, _batched])
+def test_what_autograd_transforms_is_right_or_refused(backend: Backend, transform: Callable[..., Tensor]) -> None:
+    """Forward-mode derivatives and batches of gradients: PyTorch refuses them for an operator that has none."""
+    a, b = _exits(backend, 2)
+
+    def loss(of: str) -> Callable[..., Tensor]:
+        return lambda s, t: srf.sr_l_loss([s, t], temperature=2.0, backend=of)
+
+    expected = transform(loss("reference"), a, b)
+    assert expected.any()
+    try:
+        actual = transform(loss(backend.name), a, b)
+    except RuntimeError as error:  # NotImplementedError is one
+        assert backend.fused and re.search("jvp|Batching rule", str(error))
     else:
         assert_close(actual, expected, 1e-5)
 
