@@ -23,7 +23,7 @@ WITHOUT_TARGET = [phase for phase in Phase if phase != Phase.target]  # which is
 settings.register_profile("ci", max_examples=200, derandomize=True, phases=WITHOUT_TARGET, **PROFILE)
 settings.register_profile("long", max_examples=10_000, **PROFILE)
 # On a GPU Triton compiles for every other set of options.
-settings.register_profile("gpu", settings.get_profile("ci"), max_examples=40)
+settings.register_profile("gpu", settings.get_profile("ci"), max_examples=15)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -332,7 +332,8 @@ def test_permuting_exits_permutes_the_matrix(backend: Backend, case: Case, data:
         return
     order = data.draw(st.permutations(range(case["n"])))
     exits, kwargs = _arguments(backend, case)
-    grad = upstream("random", torch.empty(1 + len(case["teachers"]), case["n"]))
+    of_losses = torch.empty(1 + len(case["teachers"]), case["n"], device=backend.device)
+    grad = upstream("random", of_losses)
     maps = [1] * len(case["shape"]) if case["reduction"] == "none" else []
     given_losses, moved_losses = (g.view(*g.shape, *maps) for g in (grad, grad[:, order]))
     losses, *grads = _run(backend, exits, kwargs, given_losses)
