@@ -177,9 +177,8 @@ def _share_of_bound(
         return share_of_bound(actual, exact, added, case["dtype"])
     largest = max((z.abs().max().item() for z in exits if z.numel()), default=0.0)
     if sizes and not (exactly and backend.resizes(sizes, case["shape"][1:])):
-        largest *= max(
-            map(max, [*sizes, case["shape"][1:]])
-        )  # the position's rounding, which an element next to it has
+        # Positions are rounded, relative to themselves, so that an element beside a pixel may have part in it.
+        largest *= max(map(max, [*sizes, case["shape"][1:]]))
         added = [added[0], *(m.amax((2, 3), keepdim=True) if m.numel() else m for m in added[1:])]
     return share_of_bound(actual, exact, added, case["dtype"], 1 + largest / 16 * max(1, 1 / case["temperature"]))
 
