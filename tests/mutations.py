@@ -177,7 +177,7 @@ MUTATIONS = [
         "if (i > 0) to[i - 1][V - 1] = x[0];",
         "",
         "cuda",
-        SHAPES + "channels_last and not cropped and aligned and bfloat16'",
+        LOSSES,
     ),
     Mutation(
         "triton: a target is a power of the wrong exponent",
@@ -193,7 +193,7 @@ MUTATIONS = [
         "new_Z1 += (Z1[i] * tl.exp2(up[i] * one_rate) + tl.sum(",
         "new_Z1 += (Z1[i] + tl.sum(",
         "triton",
-        LOSSES,
+        SHAPES + "1100'",
     ),
     Mutation(
         "triton: sums of programs beyond the first block of them dropped",
@@ -201,7 +201,7 @@ MUTATIONS = [
         "for start in range(0, programs, BLOCK):",
         "for start in range(0, BLOCK, BLOCK):",
         "triton",
-        LOSSES,
+        SHAPES + "programs'",
     ),
     Mutation(
         "triton: pixel_weight ignored",

@@ -10,6 +10,7 @@ from support import (
     RELATIVE,
     Backend,
     assert_close,
+    generator,
     in_double,
     make_class_weight,
     make_exits,
@@ -69,6 +70,21 @@ def test_every_way_through_the_kernels(
         # Rounding where sigma - target cancels, which for one class it does everywhere.
         floor = smallest(dtype) + 64 * torch.finfo(wide).eps / channels
         assert_close(a, e, RELATIVE[dtype], floor, f"{name}: gradient of exit {i}")
+
+
+def test_sums_over_any_number_of_programs(backend: Backend) -> None:
+    """Those of a large image, of which Triton's interpreter would run a program in milliseconds."""
+    if backend.name != "triton":
+        pytest.skip(f"{backend.name}: its sums have no blocks")
+    from selfreg_fast import triton
+
+    for programs in (1, 4096, 4097, 10_000):  # of which 4096 are a block
+        partials = torch.rand(6, programs, generator=generator(0)).to(backend.device)
+        norms = torch.tensor([0.5, 3.0], dtype=torch.float64, device=backend.device)
+        losses = partials.new_empty(2, 3)
+        triton._finish(partials, norms, losses, 3)
+        exact = partials.double().sum(1).view(2, 3) * norms[:, None]
+        assert_close(losses, exact, 1e-6)
 
 
 @pytest.mark.skipif(srf.backends()["cpu"] != "available", reason="no CPU kernels")
