@@ -188,7 +188,7 @@ class Matrix:
         python = self.environment(self.packages())
         self.install(python, self.wheel_file())
         library = next(python.parents[1].glob("lib/python*/site-packages/selfreg_fast/_C.abi3.so"))
-        library.write_bytes(library.read_bytes()[:4096])
+        library.write_bytes(bytes(4096))  # cut short, it would end the process in the loader
         said = self.check(python, r"cannot be loaded \(built against torch .*, running in torch", "reference", ONE_ROW)
         return f"{said}; {self.one_warning(python, 'built against torch', 'running in torch')}"
 

@@ -193,7 +193,7 @@ MUTATIONS = [
         "new_Z1 += (Z1[i] * tl.exp2(up[i] * one_rate) + tl.sum(",
         "new_Z1 += (Z1[i] + tl.sum(",
         "triton",
-        SHAPES + "1100'",
+        SHAPES + "grows'",
     ),
     Mutation(
         "triton: sums of programs beyond the first block of them dropped",

@@ -72,6 +72,18 @@ def test_every_way_through_the_kernels(
         assert_close(a, e, RELATIVE[dtype], floor, f"{name}: gradient of exit {i}")
 
 
+def test_a_maximum_that_grows_from_block_to_block(backend: Backend) -> None:
+    """Of channels, in float64: more than the 1024 that Triton's interpreter takes at once, the largest at the end."""
+    exits = [z + torch.linspace(0, 9, 1100)[:, None] for z in make_exits(2, (1, 1100, 5), dtype=torch.float64)]
+    exits = [z.to(backend.device) for z in exits]
+    labels = make_labels((1, 5), 1100, ignore_index=-1, device=backend.device)
+    kwargs: dict[str, Any] = {"teachers": (0, 1), "temperature": 2, "ignore_index": -1, "label_smoothing": 0.1}
+    exact = value_and_gradients(lambda e: reference.exit_loss_matrix(e, labels, **kwargs), exits)
+    actual = value_and_gradients(lambda e: srf.exit_loss_matrix(e, labels, backend=backend.name, **kwargs), exits)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, RELATIVE[torch.float64], 1e-15)
+
+
 def test_sums_over_any_number_of_programs(backend: Backend) -> None:
     """Those of a large image, of which Triton's interpreter would run a program in milliseconds."""
     if backend.name != "triton":
