@@ -89,7 +89,7 @@ class Matrix:
     def check(self, python: Path, cpu: str = "available", backend: str = "cpu", few: str = FEW) -> str:
         """`info` says of the CPU kernels what `cpu` matches; gradients and tests are right."""
         info = expect(run([str(python), "-m", "selfreg_fast", "info"]))
-        said = re.search(r"^\s+cpu\s+(\S.*)$", info[info.index("backends") :], re.M)
+        said = re.search(r"^backends$.*?^\s+cpu\s+(\S[^\n]*)$", info, re.M | re.S)
         if not said or not re.search(cpu, said[1]):
             raise Failed(f"info says of the CPU kernels: {said and said[1]}")
         expect(run([str(python), "-m", "selfreg_fast", "gradcheck", "--backends", backend]))
@@ -99,7 +99,7 @@ class Matrix:
         passed = re.search(r"(\d+) passed", tests)
         if not passed:
             raise Failed(f"no tests ran: {tests[-300:]}")
-        versions = re.search(r"torch\s+(\S+)", info), re.search(r"python\s+(\S+)", info)
+        versions = re.search(r"^\s+torch\s+(\S+)", info, re.M), re.search(r"^\s+python\s+(\S+)", info, re.M)
         return f"torch {versions[0][1]}, Python {versions[1][1]}, {passed[1]} tests" if all(versions) else ""
 
     # ---- rows ----
