@@ -9,7 +9,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
 
-.PHONY: demo test install lint clean bench-results bench-readme bench-compare
+.PHONY: demo test install lint matrix clean bench-results bench-readme bench-compare
 
 # The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
 demo: install
@@ -44,10 +44,19 @@ $(STAMP): $(SOURCES) setup.py pyproject.toml MANIFEST.in | $(BIN)/python
 	$(BIN)/pip install '.[demo,test]'
 	touch $@
 
+# The kernels in .cu are not clang-tidy's: of exit_loss.cu it makes minutes.
 lint: install
-	$(BIN)/pip install -q mypy ruff
+	$(BIN)/pip install -q clang-tidy mypy ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-tidy --quiet csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -- -std=c++17 -Icsrc -DSELFREG_ISA=baseline -DSELFREG_X86_ISAS=1 \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem tests/cuda_on_host \
+		-isystem $$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include
+
+# Every way to install, in fresh environments; ARGS=--download: with torch of other versions, gigabytes of it.
+matrix: install
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -22,7 +22,7 @@ int64_t tile_pixels(const ExitLoss& launch, int64_t pixels) {
   const int64_t number = launch.dtype == DType::float64 ? 8 : 4;
   const int64_t rows =
       launch.C * (1 + launch.T * (launch.detach_teacher ? 2 : 3) + (launch.target == Target::renormalized ? 1 : 0));
-  const int64_t budget = 512 * 1024 / (rows * number);
+  const int64_t budget = int64_t(512) * 1024 / (rows * number);
   // At least 16 tiles, to share; at least a few vectors a row.
   return std::clamp<int64_t>(std::min(budget, pixels / 16) / 64 * 64, 64, 1024);
 }

@@ -67,7 +67,7 @@ inline View view_of(const Tensor& t, void* data) {
 inline bool has_sizes(const Tensor& t, const Ints& sizes) {
   if (t.dim() != int64_t(sizes.size())) return false;
   for (size_t d = 0; d < sizes.size(); ++d)
-    if (t.size(d) != sizes[d]) return false;
+    if (t.size(int64_t(d)) != sizes[d]) return false;
   return true;
 }
 

@@ -5,6 +5,7 @@ The same sources compute, so the same tests run; what a GPU alone can show is in
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -37,6 +38,14 @@ def environment(mode: str = "plain") -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         **({"LD_PRELOAD": ":".join(preload)} if preload else {}),
     }
+
+
+@functools.cache
+def same_places() -> list[str]:
+    """A command to begin with: some systems place memory at random, further than the thread sanitizer expects."""
+    setarch = ["setarch", "-R"]
+    works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
+    return setarch if works else []
 
 
 def build(mode: str = "plain") -> Path:

@@ -73,11 +73,9 @@ def test_sanitizers_find_nothing(mode: str) -> None:
     # has no kernels where the package is installed and not editable.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", few]
     files = ("test_kernel_shapes.py", "test_resize.py")
-    setarch = ["setarch", "-R"]  # some systems place memory at random, further than the thread sanitizer expects
-    works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [*(setarch if works else []), *command, *(str(Path(__file__).with_name(f)) for f in files)],
+        [*on_host.same_places(), *command, *(str(Path(__file__).with_name(f)) for f in files)],
         env={**environment, **on_host.environment(mode)},
         cwd=on_host.ROOT / "tests",
         capture_output=True,

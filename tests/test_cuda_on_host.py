@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import on_host
 import pytest
 
 FOLDER = Path(__file__).parent / "cuda_on_host"
@@ -37,18 +37,10 @@ REPORTS = {
 }
 
 
-@functools.cache
-def same_places() -> list[str]:
-    """A command to begin with: some systems place memory at random, further than the thread sanitizer expects."""
-    setarch = ["setarch", "-R"]
-    works = shutil.which("setarch") and subprocess.run([*setarch, "true"], capture_output=True).returncode == 0
-    return setarch if works else []
-
-
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     options = {"OMP_NUM_THREADS": "1", "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(
-        [*same_places(), *map(str, command)],
+        [*on_host.same_places(), *map(str, command)],
         env={**os.environ, **options, **environment},
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ from support import (
     RELATIVE,
     Backend,
     assert_close,
+    generator,
     in_double,
     make_class_weight,
     make_exits,
@@ -69,6 +70,33 @@ def test_every_way_through_the_kernels(
         # Rounding where sigma - target cancels, which for one class it does everywhere.
         floor = smallest(dtype) + 64 * torch.finfo(wide).eps / channels
         assert_close(a, e, RELATIVE[dtype], floor, f"{name}: gradient of exit {i}")
+
+
+def test_a_maximum_that_grows_from_block_to_block(backend: Backend) -> None:
+    """Of channels, in float64: more than the 1024 that Triton's interpreter takes at once, the largest at the end."""
+    exits = [z + torch.linspace(0, 9, 1100)[:, None] for z in make_exits(2, (1, 1100, 5), dtype=torch.float64)]
+    exits = [z.to(backend.device) for z in exits]
+    labels = make_labels((1, 5), 1100, ignore_index=-1, device=backend.device)
+    kwargs: dict[str, Any] = {"teachers": (0, 1), "temperature": 2, "ignore_index": -1, "label_smoothing": 0.1}
+    exact = value_and_gradients(lambda e: reference.exit_loss_matrix(e, labels, **kwargs), exits)
+    actual = value_and_gradients(lambda e: srf.exit_loss_matrix(e, labels, backend=backend.name, **kwargs), exits)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, RELATIVE[torch.float64], 1e-15)
+
+
+def test_sums_over_any_number_of_programs(backend: Backend) -> None:
+    """Those of a large image, of which Triton's interpreter would run a program in milliseconds."""
+    if backend.name != "triton":
+        pytest.skip(f"{backend.name}: its sums have no blocks")
+    from selfreg_fast import triton
+
+    for programs in (1, 4096, 4097, 10_000):  # of which 4096 are a block
+        partials = torch.rand(6, programs, generator=generator(0)).to(backend.device)
+        norms = torch.tensor([0.5, 3.0], dtype=torch.float64, device=backend.device)
+        losses = partials.new_empty(2, 3)
+        triton._finish(partials, norms, losses, 3)
+        exact = partials.double().sum(1).view(2, 3) * norms[:, None]
+        assert_close(losses, exact, 1e-6)
 
 
 @pytest.mark.skipif(srf.backends()["cpu"] != "available", reason="no CPU kernels")

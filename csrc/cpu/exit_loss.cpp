@@ -115,7 +115,7 @@ class Worker {
     partial += band * plan.tiles_down * plan.tiles_across * (T + 1) * N;
     for (int64_t y = y0; y < y1; y += plan.tile_rows) {
       const int64_t rows = y1 - y < plan.tile_rows ? y1 - y : plan.tile_rows;
-      for (int64_t x = 0; x < plan.width; x += plan.tile_columns, partial += (T + 1) * N) {
+      for (int64_t x = 0; x < plan.width; x += plan.tile_columns, partial += entry(T + 1, 0)) {
         const int64_t left = plan.width - x, columns = left < plan.tile_columns ? left : plan.tile_columns;
         run({image, y, x, rows, columns}, partial);
       }
@@ -951,11 +951,11 @@ class Worker {
     const Teacher* const all = teachers;
     const Stream lines = past_caches;
     const int64_t first = lines.joins ? 0 : kLanes, last = n / kLanes * kLanes - kLanes;
-    int64_t head[CB];  // pixels before the first whole line
-    A* line[CB];       // where that of the vectors at i - kLanes and i begins, less i
-    VInt lanes[CB];    // which of theirs it has
+    int64_t head[CB] = {};  // pixels before the first whole line
+    A* line[CB] = {};       // where that of the vectors at i - kLanes and i begins, less i
+    VInt lanes[CB] = {};    // which of theirs it has
     V before[CB] = {};
-    for (int k = 0; k < CB; ++k) {
+    for (int k = 0; k < CB && lines.to; ++k) {
       A* const to = lines.to + (c0 + k) * lines.stride;
       head[k] = -int64_t(reinterpret_cast<uintptr_t>(to) / sizeof(A)) & (kLanes - 1);
       line[k] = to + head[k] - kLanes;
@@ -995,7 +995,7 @@ class Worker {
         }
       }
       if (lines.to && i >= first && i <= last)
-        for (int k = 0; k < CB; ++k) stream(line[k] + i, V(__builtin_shuffle(before[k], g[k], lanes[k])));
+        for (int k = 0; k < CB; ++k) stream(line[k] + i, shuffle(before[k], g[k], lanes[k]));
       if (!lines.to || i < first || i >= last)
         for (int k = 0; k < CB; ++k) store(x + k * stride + i, g[k]);
       for (int k = 0; k < CB; ++k) before[k] = g[k];

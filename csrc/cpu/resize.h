@@ -47,11 +47,11 @@ class Resizer {
   void lay_out(const ExitLoss& launch, const Plan& the_plan, int e, Take take) {
     L = &launch, plan = &the_plan, exit = &launch.exits[e], grad = &launch.grads[e], R = &the_plan.resizes[e];
     C = int(launch.C);
-    line = (R->most_columns + 2 * kLanes) / kLanes * kLanes;
-    pixel = (C + kLanes - 1) / kLanes * kLanes;
+    line = (R->most_columns + int64_t(2) * kLanes) / kLanes * kLanes;
+    pixel = (int64_t(C) + kLanes - 1) / kLanes * kLanes;
     patch_row = (R->held_rows < 2 * plan->tile_rows ? R->held_rows : 2 * plan->tile_rows) * line;
     patch = take(C * patch_row);
-    across = take(2 * kBlock * line);
+    across = take(int64_t(2) * kBlock * line);
     weight_x = take(plan->width + kLanes);
     weight_y = take(2 * plan->tile_rows);
     rows = reinterpret_cast<int32_t*>(take(3 * plan->tile_rows));
@@ -241,8 +241,8 @@ class Resizer {
         for (int j = 0; j < kLanes; ++j) at[j] = place[x + j] - first;
         const V w = load<V>(weight_x + tile.x + x);
         for (int k = 0; k < CB; ++k) {
-          const V v = __builtin_shuffle(load<V>(lines + k * line + first), at);
-          const V d = __builtin_shuffle(load<V>(steps + k * line + first), at);
+          const V v = shuffle(load<V>(lines + k * line + first), at);
+          const V d = shuffle(load<V>(steps + k * line + first), at);
           store(to + k * ld + x, v + w * d);
         }
       } else {

@@ -118,6 +118,30 @@ SELFREG_ALWAYS VecD log2(VecD x) {
   return x;
 }
 
+// Numbers by their places: those of v, or of a and b one after the other. Clang has no instruction for it by name.
+template <class V, class VInt>
+SELFREG_ALWAYS V shuffle(V v, VInt at) {
+#if defined(__clang__)
+  constexpr int kLanes = sizeof(VInt) / sizeof(at[0]);
+  V to;
+  for (int j = 0; j < kLanes; ++j) to[j] = v[at[j] & (kLanes - 1)];
+  return to;
+#else
+  return __builtin_shuffle(v, at);
+#endif
+}
+template <class V, class VInt>
+SELFREG_ALWAYS V shuffle(V a, V b, VInt at) {
+#if defined(__clang__)
+  constexpr int kLanes = sizeof(VInt) / sizeof(at[0]);
+  V to;
+  for (int j = 0; j < kLanes; ++j) to[j] = at[j] & kLanes ? b[at[j] & (kLanes - 1)] : a[at[j] & (kLanes - 1)];
+  return to;
+#else
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+
 // rows[i][j] <-> rows[j][i], in log2(lanes) rounds of exchanges between pairs of rows.
 template <class V, class VInt, int LANES>
 SELFREG_ALWAYS void transpose(V (&rows)[LANES]) {
@@ -132,8 +156,8 @@ SELFREG_ALWAYS void transpose(V (&rows)[LANES]) {
     for (int i = 0; i < LANES; ++i) {
       if (i & step) continue;
       const V a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
+      rows[i] = shuffle(a, b, low);
+      rows[i + step] = shuffle(a, b, high);
     }
   }
 }

@@ -1,0 +1,348 @@
+"""The fault drill: breaks the code on purpose, one mutation after the other, and shows that the tests catch each.
+
+    python tests/mutations.py [--only NAME]... [--jobs N]
+
+In temporary copies of the tree, never in the checkout. First the tests chosen must pass in a copy that is as it should
+be; then, mutation by mutation, they must fail. Ends with status 1 where they do not, or where a mutation no longer
+applies (which test_mutations.py notices at every run of the suite). Needs g++, and the packages that the tests need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`; `tests` are the options of pytest that should notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    backend: str  # of the tests: "cpu", "cuda" (compiled for the CPU) or "triton" (interpreted)
+    tests: str
+
+
+LOSSES = "tests/test_losses.py -k {backend}"
+SHAPES = "tests/test_kernel_shapes.py -k '{backend} and "
+RESIZE = "tests/test_resize.py -k '{backend} and every_ratio and float32'"
+CPU, CUDA, TRITON = "csrc/cpu/exit_loss.cpp", "csrc/cuda/exit_loss.cu", "selfreg_fast/triton/kernels.py"
+
+MUTATIONS = [
+    Mutation(
+        "cpu: sign of the soft target in the gradient",
+        CPU,
+        "g[k] -= scaled * load<V>(u + k * stride);",
+        "g[k] += scaled * load<V>(u + k * stride);",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: last tile dropped, unless it is full or the only one",
+        "csrc/cpu_launch.cpp",
+        "plan.tiles = plan.bands = plan.height = (plan.pixels + most - 1) / most;",
+        "plan.tiles = plan.bands = plan.height = std::max<int64_t>(1, plan.pixels / most);",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: last of more than four exits skipped",
+        CPU,
+        "for (int e = 0; e < N; ++e) student(e, partial,",
+        "for (int e = 0; e < N - (N > 4); ++e) student(e, partial,",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: rows taken to follow each other wherever pixels do",
+        CPU,
+        "} else if (strides[d] == r.length * r.step) {",
+        "} else if (r.step == 1) {",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: ignored labels count",
+        CPU,
+        "to[i] = valid ? weight[i] : A(0);",
+        "to[i] = weight[i];",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: a detached teacher learns",
+        CPU,
+        "teacher_learns = gradient && !L.detach_teacher;",
+        "teacher_learns = gradient;",
+        "cpu",
+        LOSSES,
+    ),
+    Mutation(
+        "cpu: last pixels of a streamed gradient not written",
+        CPU,
+        "for (int64_t i = ends > 0 ? ends : 0; i < n && !lines.goes_on; ++i) to[i] = from[i];",
+        "for (int64_t i = ends > 0 ? ends : 0; i + 1 < n && !lines.goes_on; ++i) to[i] = from[i];",
+        "cpu",
+        "tests/test_kernel_shapes.py -k larger_than_caches",
+    ),
+    Mutation(
+        "cpu: rows of a resized exit taken one too low",
+        "csrc/cpu/resize.h",
+        "rows[r] = int32_t(found - 1 - (high - low));",
+        "rows[r] = int32_t(found - 1);",
+        "cpu",
+        RESIZE,
+    ),
+    Mutation(
+        "cpu: align_corners ignored in columns",
+        "csrc/cpu_launch.cpp",
+        "columns(exit.W, launch.W, launch.align_corners),",
+        "columns(exit.W, launch.W, false),",
+        "cpu",
+        RESIZE,
+    ),
+    Mutation(
+        "cpu: of a row of the gradient that bands share, the last part only",
+        "csrc/cpu/resize.h",
+        "for (int64_t k = 0; k < row; ++k) sum[k] += more[k];",
+        "for (int64_t k = 0; k < row; ++k) sum[k] = more[k];",
+        "cpu",
+        RESIZE,
+    ),
+    Mutation(
+        "cuda: sums of all warps but the first dropped",
+        CUDA,
+        "for (int k = thread() % 32; k < pixel_threads(); k += 32) sum",
+        "for (int k = thread() % 32; k < 32; k += 32) sum",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "cuda: no barrier before other warps' numbers are read",
+        CUDA,
+        "buffer[p * threads() + thread()] = x[p];\n      __syncthreads();",
+        "buffer[p * threads() + thread()] = x[p];",
+        "cuda",
+        SHAPES + "contiguous and odd and float32'",
+    ),
+    Mutation(
+        "cuda: power of the temperature in the soft gradient",
+        CUDA,
+        "rate = i < a.N || a.target == Target::argmax ? A(1) : a.tau;",
+        "rate = A(1);",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "cuda: mask_soft ignored at the pixels",
+        CUDA,
+        "if (a.labels && a.mask_soft) soft_w[p] = label_w[p];",
+        "",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "cuda: class weights left out of what the mean divides by",
+        "csrc/cuda/launch.cu",
+        "label += a.class_weight ? w * double(a.class_weight[y]) : w;",
+        "label += w;",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "cuda: a learning teacher hears the last student's normaliser only",
+        CUDA,
+        "normalizers[p] += k[p] * saying(s, kLogNormalizer, p);",
+        "normalizers[p] = k[p] * saying(s, kLogNormalizer, p);",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "cuda: of two staged rows, the second one's odd channels lost",
+        CUDA,
+        "if (i > 0) to[i - 1][V - 1] = x[0];",
+        "",
+        "cuda",
+        LOSSES,
+    ),
+    Mutation(
+        "triton: a target is a power of the wrong exponent",
+        TRITON,
+        "factor = tl.exp2(-tl.log2(Z1) / tau)",
+        "factor = tl.exp2(-tl.log2(Z1))",
+        "triton",
+        LOSSES,
+    ),
+    Mutation(
+        "triton: a running sum does not follow its maximum",
+        TRITON,
+        "new_Z1 += (Z1[i] * tl.exp2(up[i] * one_rate) + tl.sum(",
+        "new_Z1 += (Z1[i] + tl.sum(",
+        "triton",
+        SHAPES + "grows'",
+    ),
+    Mutation(
+        "triton: sums of programs beyond the first block of them dropped",
+        TRITON,
+        "for start in range(0, programs, BLOCK):",
+        "for start in range(0, BLOCK, BLOCK):",
+        "triton",
+        SHAPES + "programs'",
+    ),
+    Mutation(
+        "triton: pixel_weight ignored",
+        TRITON,
+        "soft = tl.load(pixel_weight + j, mask=inside, other=0.0).to(A)",
+        "soft = inside.to(A)",
+        "triton",
+        LOSSES,
+    ),
+    Mutation(
+        "triton: smoothing left out of the gradient",
+        TRITON,
+        "smooths = g * smooth\n",
+        "smooths = g * 0\n",
+        "triton",
+        LOSSES,
+    ),
+    Mutation(
+        "python: saved gradients scaled in place though the graph is kept",
+        "selfreg_fast/autograd.py",
+        "if torch.compiler.is_compiling() or _KEEPS_GRAPH is None or _KEEPS_GRAPH():",
+        "if torch.compiler.is_compiling():",
+        "cpu",
+        "tests/test_autograd.py -k '{backend} and retain'",
+    ),
+    Mutation(
+        "python: float16 gradients divided before they are scaled",
+        "selfreg_fast/autograd.py",
+        "now = wanted if weights and exits[0].dtype != torch.float16 else ()",
+        "now = wanted if weights else ()",
+        "cpu",
+        "tests/test_contract.py -k '{backend} and underflow'",
+    ),
+    Mutation(
+        "python: of an exit in several passes, the last one's gradient only",
+        "selfreg_fast/passes.py",
+        "grads[e] = grads[e] + g if e in grads else g",
+        "grads[e] = g",
+        "cuda",
+        "tests/test_many_exits.py -k '{backend} and learning'",
+    ),
+]
+
+
+def occurrences(mutation: Mutation, root: Path = ROOT) -> int:
+    """How often the text that it replaces is there: once, or it does not apply."""
+    return (root / mutation.file).read_text().count(mutation.old)
+
+
+def copied(source: Path, tree: Path) -> Path:
+    ignored = shutil.ignore_patterns(".*", "venv*", "build", "dist", "*.egg-info", "__pycache__", "_build.json")
+    return Path(shutil.copytree(source, tree, ignore=ignored))
+
+
+def build(tree: Path) -> None:
+    """The CPU kernels of a copy, for this machine's vectors alone and little optimised: in seconds."""
+    import torch
+
+    flags = "-std=c++17 -O1 -march=native -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi"
+    command = ["g++", *flags.split(), "-Icsrc", "-DSELFREG_ISA=baseline", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-isystem{torch.__path__[0]}/include", *map(str, sorted((tree / "csrc").glob("*.cpp")))]
+    command += [str(tree / CPU), f"-L{torch.__path__[0]}/lib", "-ltorch_cpu", "-o", "selfreg_fast/_C.abi3.so"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+
+
+def pytest(tree: Path, backend: str, tests: str) -> tuple[int, str]:
+    """Status and output of tests in a copy, whose package they see, up to the first that fails."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "SELFREG_FAST_"))}
+    environment |= {"PYTHONPATH": str(tree), "TRITON_INTERPRET": str(int(backend == "triton"))}
+    if backend != "cuda":  # else conftest.py compiles the CUDA sources
+        environment["SELFREG_FAST_CUDA_ON_HOST"] = ""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += ["--require-backend", backend, *shlex.split(tests.format(backend=backend))]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def in_turn(jobs: int, what: Callable[[int], str], count: int) -> int:
+    """what(i), which says "" or what is wrong, for i < count, some at a time; how many were wrong."""
+    wrong = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for said in pool.map(what, range(count)):
+            wrong += bool(said)
+            if said:
+                print(said, flush=True)
+    return wrong
+
+
+def drill(mutations: Sequence[Mutation], folder: Path, jobs: int) -> int:
+    """Prints a line a mutation; returns how many were missed or did not apply."""
+    whole = copied(ROOT, folder / "whole")
+    build(whole)
+    chosen = sorted({(m.backend, m.tests) for m in mutations})
+
+    def control(i: int) -> str:
+        status, output = pytest(whole, *chosen[i])
+        return "" if status == 0 else f"BROKEN  these fail without any mutation: {chosen[i][1]}\n{output[-3000:]}"
+
+    if in_turn(1, control, len(chosen)):  # one by one: the first of "cuda" compiles for all
+        return len(mutations)
+    print(f"without any mutation, {len(chosen)} selections of tests pass", flush=True)
+
+    def one(i: int) -> str:
+        m, begin = mutations[i], time.monotonic()
+        if (count := occurrences(m)) != 1:
+            return f"STALE   {m.name}: its text occurs {count} times in {m.file}"
+        tree = copied(whole, folder / f"mutant{i}")
+        (tree / m.file).write_text((tree / m.file).read_text().replace(m.old, m.new))
+        if m.file.startswith("csrc/cpu"):
+            build(tree)
+        status, output = pytest(tree, m.backend, m.tests)
+        shutil.rmtree(tree)
+        if status not in (1, -6, -8, -11):  # tests that fail, or a process that a signal ends
+            return f"MISSED  {m.name} (pytest: {status})\n{output[-1500:] if status else ''}"
+        by = re.search(r"^FAILED (\S+?::\w+)", output, re.M)
+        after = f"{time.monotonic() - begin:.0f} s"
+        print(f"caught  {m.name}: {by[1] if by else f'the process ends with {status}'} ({after})", flush=True)
+        return ""
+
+    return in_turn(jobs, one, len(mutations))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The fault drill: tests must fail where the code is broken.")
+    parser.add_argument("--only", action="append", metavar="NAME", help="mutations whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time (one a core)")
+    parser.add_argument("--list", action="store_true", help="names alone")
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not args.only or any(name in m.name for name in args.only)]
+    if not chosen:
+        parser.error(f"no mutation has {args.only} in its name")
+    if args.list:
+        print(*(m.name for m in chosen), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        missed = drill(chosen, Path(folder), args.jobs)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
