@@ -8,7 +8,8 @@
 `exit_rows_kernel` keeps the channels of a pixel in registers: teachers first, whose target rows stay, then one exit
 after the other, read once. `exit_blocks_kernel` walks over the channels in blocks, twice, with the same block of all
 exits at hand: for rows too long, float64, and teachers that learn, which need all their students' logits at once. With
-X, the columns of a tile, both interpolate exits smaller than the output; how is in resize.py.
+X, the columns of a tile, both interpolate exits smaller than the output, and `exit_blocks_kernel` larger ones; how is
+in resize.py.
 
 Mathematics: csrc/pixel_math.h, derivations: selfreg_fast/reference.py. Notation: m = max_c z_c, y = z - m <= 0,
 e = exp(y), u = exp(y / tau); a teacher's target is q = factor u, and P = sum_c q_c. A, the type of the arithmetic, is
@@ -552,6 +553,8 @@ def exit_blocks_kernel(
     SAME: tl.constexpr = -1,
     X: tl.constexpr = 0,
     L: tl.constexpr = 0,
+    TALL: tl.constexpr = 0,  # bits: exits with more rows than the output
+    BROAD: tl.constexpr = 0,  # and with more columns
 ):
     A: tl.constexpr = losses.dtype.element_ty
     N: tl.constexpr = len(exits)
@@ -569,12 +572,14 @@ def exit_blocks_kernel(
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     start = (program % tiles).to(tl.int64) * BP
+    HALO: tl.constexpr = 1 if TALL | BROAD else 0
     if X:
-        y0, x0, inside, spot = resize.tile_of(program % tiles, H, W, X, BP)
+        y0, x0, inside, spot = resize.tile_of(program % tiles, H, W, X, BP, HALO)
         j = b * H * W + spot
     else:
         inside = tl.arange(0, BP) < H * W - start
         j = b * H * W + start + tl.arange(0, BP)
+    own = resize.own(y0, x0, inside, X, BP) if HALO else inside  # pixels whose losses and gradients are written here
     label_weight, soft_weight, k = _pixel_weights(labels, pixel_weight, j, inside, C, ignore_index, MASK_SOFT, A)
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     if T > 0 and pixel_weight is None and not MASK_SOFT:
@@ -616,8 +621,10 @@ def exit_blocks_kernel(
                 on += (on[0],)
                 reduce += (reduce[0],)
             else:
-                on += (resize.taps(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
-                reduce += (resize.matrices(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
+                on += (resize.taps(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP, TALL | BROAD),)
+                reduce += (
+                    resize.matrices(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP, TALL, BROAD, HALO),
+                )  # fmt: skip
 
     # Phase 1: over blocks of channels, the running maximum m of every exit, Z1 = sum e, Z2 = sum u, and the dot
     # products sum_c u_c y_c of teachers and students. Where a maximum grows by -up, what was summed up follows.
@@ -642,7 +649,7 @@ def exit_blocks_kernel(
             if X:
                 z = resize.logits(
                     exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP, WIDE, True,
-                    A,
+                    A, TALL | BROAD,
                 )  # fmt: skip
                 z = tl.where(read, z, float("-inf"))
             else:
@@ -732,16 +739,18 @@ def exit_blocks_kernel(
             loss = hot * (log_1[i] - y_k)
             if SMOOTH:
                 loss += smooth * (class_weights * log_1[i] - smooth_dot[i])
-            g_i = _enter(loss, label_weight, i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT)
+            if HALO:
+                loss = tl.where(own, loss, 0.0)
+            g_i = _enter(loss, label_weight, i, gains, losses, partials, j, own, pixels, programs, program, GRADIENT)
             if GRADIENT:
                 hots += (g_i * hot,)
                 smooths += (g_i * smooth,)
                 q1_i += g_i * (hot + smooth * class_weights)
         else:
-            _enter_nothing(i, losses, partials, j, inside, pixels, programs, program, A)
+            _enter_nothing(i, losses, partials, j, own, pixels, programs, program, A)
         for r in tl.static_range(T):
             if i == TEACHERS[r]:  # nobody teaches itself
-                _enter_nothing((r + 1) * N + i, losses, partials, j, inside, pixels, programs, program, A)
+                _enter_nothing((r + 1) * N + i, losses, partials, j, own, pixels, programs, program, A)
                 g += (nothing,)
                 taught += (nothing,)
                 said += (nothing,)
@@ -763,8 +772,10 @@ def exit_blocks_kernel(
                         spot = exits[i] + first[i % S] + (place[i % S] + top * step[i % S])
                         y_t = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
                     loss = log_1[i] - y_t
+                if HALO:
+                    loss = tl.where(own, loss, 0.0)
                 g_r = _enter(
-                    loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, inside, pixels, programs, program,
+                    loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, own, pixels, programs, program,
                     GRADIENT,
                 )  # fmt: skip
                 if GRADIENT:
@@ -811,7 +822,7 @@ def exit_blocks_kernel(
                     if X:
                         z = resize.logits(
                             exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP,
-                            WIDE, True, A,
+                            WIDE, True, A, TALL | BROAD,
                         )  # fmt: skip
                         z = tl.where(read, z, float("-inf"))
                     else:
@@ -848,8 +859,8 @@ def exit_blocks_kernel(
                     if X:
                         grad = tl.where(written, grad, 0.0)
                         resize.put(
-                            grad, grads[i], strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, inside, FULL, SAME,
-                            X, L, BC, BP, WIDE, EXACT,
+                            grad, grads[i], strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, own, FULL, SAME, X,
+                            L, BC, BP, WIDE, EXACT, TALL, BROAD, HALO,
                         )  # fmt: skip
                     else:
                         to = grads[i] + (first[(N + i) % S] + c0 * step[(N + i) % S]) + tile[(N + i) % S]
