@@ -68,15 +68,16 @@ def exit_loss(
         options = constants(n, teachers, temperature, target, label_smoothing, mask_soft, detach_teacher, bool(wanted))
         places = [grads.get(i, exits[i]) for i in range(n)]  # each exit's gradient, or what has its strides
         wide = dtype == torch.float64 or options["LEARN"]
+        plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
         others = [i for i in range(n) if tuple(exits[i].shape[2:]) != (H, W)]
         resized: _Resized | None = None
         if others:
-            resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, not wide)
+            held = 0 if wide else rows_held(options, labels is not None)
+            resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, held, plain)
             walk, strides, config = (B, H, W), [list(z.stride()) for z in (*exits, *places)], resized.config
         else:
             walk, strides, order = _runs(first.shape, exits, places)
             vector = vector_length(walk, C, strides, order, [*exits, *grads.values()])
-            plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
             config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
             config = config or block_tiles(C, dtype, order)
             config |= _layout(walk, strides, config["BC"], config["BP"])
@@ -367,9 +368,10 @@ class _Resized:
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         align_corners: bool,
-        whole: bool,
+        held: int,
+        plain: bool,
     ) -> None:
-        """`others`: which they are; `shape`: (B, C, H, W) of the output; `whole`: rows may be held in registers."""
+        """`others`: which they are; `shape`: (B, C, H, W) of the output; `held`: see rows_held, 0 where none may be."""
         B, C, H, W = shape
         tall, broad = _bits(z.shape[2] > H for z in exits), _bits(z.shape[3] > W for z in exits)
         self.halo = int(tall | broad != 0)
@@ -405,15 +407,17 @@ class _Resized:
             R=R, X=X, HALO=self.halo, BLOCK=block, **FUSED,
         )  # fmt: skip
         self.arguments = (self.sizes, self.places, weights, self.copies)
-        reached = max(8, triton.next_power_of_2(widest))
-        one_size = len({tuple(exits[i].shape[2:]) for i in others}) == 1
+        read = max(4, triton.next_power_of_2(widest))
+        reached = max(8, read)  # of products on tensor cores the least
+        one_size = len({tuple(z.shape[2:]) for z in exits}) == 1
         self.config = {
-            **resized_tiles(C, dtype, R * X, reached, whole and not self.halo),
+            **resized_tiles(C, dtype, R * X, read, 0 if self.halo else held, one_size, plain),
             **({"TALL": tall, "BROAD": broad} if self.halo else {}),
             "FULL": _bits(i not in others for i in range(len(exits))),
-            "SAME": others[0] if one_size else -1,
+            "SAME": others[0] if len({tuple(exits[i].shape[2:]) for i in others}) == 1 else -1,
             "X": X,
             "L": reached,
+            "PATCH": read,
             "ROWWISE": False,
             "WIDE": reach >= 2**31,
         }
@@ -459,15 +463,24 @@ def resized_tile(H: int, W: int, C: int, halo: int) -> tuple[int, int]:
     return 16, 16
 
 
-def resized_tiles(C: int, dtype: torch.dtype, pixels: int, reached: int, whole: bool) -> dict[str, Any]:
+def resized_tiles(
+    C: int, dtype: torch.dtype, pixels: int, read: int, held: int, one_size: bool, plain: bool
+) -> dict[str, Any]:
     """Tiles of the main kernel: all channels of a pixel in one thread, where they may be and fit, else some of them.
 
-    In shared memory is a patch of `reached` rows and columns, of as many channels.
+    In shared memory, and in registers on the way there, is a patch of `read` rows and columns, of a tile's channels.
+    Exits of sizes of their own have addresses of their own, for which registers are needed, too.
     """
     row = {"BP": pixels, "ORDER": PIXELS, "num_warps": 8, "num_stages": 1}
-    if whole and C <= 32 and (reached <= 16 or TRITON_INTERPRETED):
-        return {"BC": triton.next_power_of_2(C), "K": 1, "LAST": C, "VEC": 1, **row}
-    channels = 4 if dtype == torch.float64 else 8
+    if held and C <= 32 and (read <= 16 or TRITON_INTERPRETED):
+        channels = triton.next_power_of_2(C)
+        if read > 8:
+            channels = triton.next_power_of_2(triton.cdiv(C, 2)) if TRITON_INTERPRETED else min(8, channels)
+        tiles = triton.cdiv(C, channels)
+        if plain and one_size and 1 < held and held * C <= 64 and read <= 4 and not TRITON_INTERPRETED:
+            row["maxnreg"] = 128  # two programs a multiprocessor
+        return {"BC": channels, "K": tiles, "LAST": C - (tiles - 1) * channels, "VEC": 1, **row}
+    channels = 8 if one_size and dtype != torch.float64 else 4
     if TRITON_INTERPRETED:
         channels = max(channels, (1 << 18) // pixels)
     return {"BC": min(channels, triton.next_power_of_2(C)), **row}

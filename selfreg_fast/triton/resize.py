@@ -169,7 +169,7 @@ def own(y0, x0, inside, X: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
-def taps(resized, i, y0, x0, H, W, X: tl.constexpr, L: tl.constexpr, BP: tl.constexpr, LARGER: tl.constexpr = 0):
+def taps(resized, i, y0, x0, H, W, X: tl.constexpr, PATCH: tl.constexpr, BP: tl.constexpr, LARGER: tl.constexpr = 0):
     """A tile's patch of exit i: its first row and column, and in it every pixel's four elements and their weights.
 
     Of a larger exit: their rows and columns in the exit.
@@ -181,25 +181,31 @@ def taps(resized, i, y0, x0, H, W, X: tl.constexpr, L: tl.constexpr, BP: tl.cons
         return top[None, :], bottom[None, :], left[None, :], right[None, :], weight
     else:
         row, column = tl.load(places + y0), tl.load(places + H + x0)
-        top, bottom, left, right = (top - row) * L, (bottom - row) * L, left - column, right - column
+        top, bottom, left, right = (top - row) * PATCH, (bottom - row) * PATCH, left - column, right - column
         corners = tl.join(tl.join(top + left, top + right), tl.join(bottom + left, bottom + right))
         return row, column, corners[None, :, :, :], weight
 
 
 @triton.jit
 def logits(
-    exits, strides, resized, on, i, b, y0, x0, c0, C, counted, FULL: tl.constexpr, SAME: tl.constexpr, X: tl.constexpr,
-    L: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVERY: tl.constexpr,
+    exits, strides, resized, on, i, b, y0, x0, c0, C, counted, label, FULL: tl.constexpr, SAME: tl.constexpr,
+    X: tl.constexpr, PATCH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, EVERY: tl.constexpr,
     A: tl.constexpr, LARGER: tl.constexpr = 0,
 ):  # fmt: skip
-    """Logits [BC, BP] of exit i, whose taps are `on`, of channels from c0 on; 0 at pixels that do not count."""
+    """Logits [BC, BP] of exit i, whose taps are `on`, of channels from c0 on; 0 at pixels that do not count.
+
+    With labels [BP], which are from c0 on, the last channel, which is none, is the label's.
+    """
     sizes, places, weights, copies = resized
     step_b, step_c, step_h, step_w = row_of(strides, i)
     exit = picked(exits, i) + b * step_b + c0 * step_c
     c = tl.arange(0, BC)
+    channel = c[:, None]
+    if label is not None:
+        channel = tl.where(channel == BC - 1, label[None, :], channel)
     if FULL != 0 and (FULL >> i) & 1 != 0:
-        at = (c * step_c)[:, None] + _in_image(step_h, step_w, y0, x0, X, BP)[None, :]
-        z = tl.load(exit + at, mask=(c0 + c < C)[:, None] & counted[None, :], other=0.0).to(A)
+        at = channel * step_c + _in_image(step_h, step_w, y0, x0, X, BP)[None, :]
+        z = tl.load(exit + at, mask=(c0 + channel < C) & counted[None, :], other=0.0).to(A)
     elif LARGER != 0 and (LARGER >> i) & 1 != 0:  # few elements of a patch would be needed
         top, bottom, left, right, weight = on
         read = (c0 + c < C)[:, None] & counted[None, :]
@@ -207,22 +213,40 @@ def logits(
         z = _interpolated(exit, top, bottom, left, right, weight, step_h, step_w, read, A)
     else:
         row, column, corners, weight = on
-        k = tl.arange(0, L * L)
-        y, x = row + k // L, column + k % L
+        k = tl.arange(0, PATCH * PATCH)
+        y, x = row + k // PATCH, column + k % PATCH
         h, w, _, _, _ = row_of(sizes, SAME if SAME >= 0 else i)
         there = (y < h) & (x < w)
         place = (c * step_c)[:, None] + (y * step_h + x * step_w)[None, :]
         if not WIDE:
             place = place.to(tl.int32)
         patch = tl.load(exit + place, mask=(c0 + c < C)[:, None] & there[None, :], other=0.0).to(A)
-        index = (c * (L * L))[:, None, None, None] + corners
-        four = tl.gather(tl.reshape(patch, [BC * L * L]), tl.reshape(index, [BC * BP * 4]), 0)
+        index = (channel * (PATCH * PATCH))[:, :, None, None] + corners
+        four = tl.gather(tl.reshape(patch, [BC * PATCH * PATCH]), tl.reshape(index, [BC * BP * 4]), 0)
         top, bottom = tl.split(tl.reshape(four, [BC, BP, 2, 2]))
         top_left, top_right = tl.split(top)
         bottom_left, bottom_right = tl.split(bottom)
         z = _mixed(weight, top_left, top_right, bottom_left, bottom_right)
         if not EVERY:
             z = tl.where(counted[None, :], z, 0.0)
+    return z
+
+
+@triton.jit
+def row(
+    exits, strides, resized, on, i, b, y0, x0, C, counted, label, FULL: tl.constexpr, SAME: tl.constexpr,
+    X: tl.constexpr, PATCH: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    EVERY: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """Logits of all channels, a tuple of K tiles as above."""
+    z = ()
+    for k in tl.static_range(K):
+        z += (
+            logits(
+                exits, strides, resized, on, i, b, y0, x0, k * BC, C, counted, label, FULL, SAME, X, PATCH, BC, BP,
+                WIDE, EVERY, A,
+            ),
+        )  # fmt: skip
     return z
 
 
@@ -359,14 +383,14 @@ def put(
         there = (c0 + c < C) & in_columns[None, :, None] & in_rows[None, None, :]
         if tall and broad:
             step_b, step_c, step_h, step_w = row_of(strides, i if len(strides) == 1 else N + i)
-            to += b * step_b + c0 * step_c
-            place = c * step_c + row * step_h + column * step_w
+            to += b * step_b
+            place = (c0 + c) * step_c + row * step_h + column * step_w
         else:
             to = copies
             tiles_down = 1 if tall else tiles_along(H, R, HALO)
             pitch = columns if broad else tiles_along(W, X, HALO) * columns
-            to += copy + ((b * tiles_down + tile_y) * C + c0) * rows * pitch + tile_x * columns
-            place = (c * rows + row) * pitch + column
+            to += copy + (b * tiles_down + tile_y) * C * rows * pitch + tile_x * columns
+            place = ((c0 + c) * rows + row) * pitch + column
         if not WIDE:
             place = place.to(tl.int32)
         tl.store(to + place, tl.reshape(summed, [BC, L, L]).to(to.dtype.element_ty), mask=there)
