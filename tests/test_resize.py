@@ -107,14 +107,16 @@ def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytes
     cases: list[tuple[tuple[int, int], list[tuple[int, int]], dict[str, Any]]] = [
         ((19, 12), [(30, 40), (25, 5), (9, 3)], {"dtype": torch.float64, "layout": "channels_last"}),
         ((12, 19), [(61, 30), (5, 23), (12, 50)], {"dtype": torch.bfloat16, "layout": "cropped"}),
+        ((1, 5), [(3, 9), (4, 2), (1, 5)], {"dtype": torch.float64, "layout": "contiguous"}),
     ]
-    for align_corners, (size, sizes, how) in enumerate(cases):
+    for number, (size, sizes, how) in enumerate(cases):
+        align_corners = number > 0
         if not backend.fused or not backend.resizes(sizes, size):
             pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
         exits = make_exits(3, (1, 3, *size), sizes=sizes, device=backend.device, **how)
         labels = make_labels((1, *size), 3, device=backend.device)
         kwargs: dict[str, Any] = {"teachers": (0, 2), "temperature": 2.0, "size": size}
-        kwargs |= {"align_corners": bool(align_corners), "detach_teacher": not align_corners}
+        kwargs |= {"align_corners": align_corners, "detach_teacher": not align_corners}
         factor = math.prod(size)
         expected = partial(reference.exit_loss_matrix, labels=labels, **kwargs)
         exact = value_and_gradients(expected, [z.double() for z in exits], "random", factor)

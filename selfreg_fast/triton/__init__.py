@@ -73,7 +73,7 @@ def exit_loss(
         resized: _Resized | None = None
         if others:
             held = 0 if wide else rows_held(options, labels is not None)
-            resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, held, plain)
+            resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, held, plain, options["UNIT"])
             walk, strides, config = (B, H, W), [list(z.stride()) for z in (*exits, *places)], resized.config
         else:
             walk, strides, order = _runs(first.shape, exits, places)
@@ -164,6 +164,7 @@ def warmup(
         memory_format: of the exits.
         device: of the exits; default: the current CUDA device.
         output_stride: how many times larger than the exits, which then are all of one size, the output is; at least 1.
+            Outputs of less than 128 rows or columns that it does not divide may need another compilation.
     """
     if device is None:
         device = "cpu" if TRITON_INTERPRETED else "cuda"
@@ -370,6 +371,7 @@ class _Resized:
         align_corners: bool,
         held: int,
         plain: bool,
+        unit: bool,
     ) -> None:
         """`others`: which they are; `shape`: (B, C, H, W) of the output; `held`: see rows_held, 0 where none may be."""
         B, C, H, W = shape
@@ -411,7 +413,7 @@ class _Resized:
         reached = max(8, read)  # of products on tensor cores the least
         one_size = len({tuple(z.shape[2:]) for z in exits}) == 1
         self.config = {
-            **resized_tiles(C, dtype, R * X, read, 0 if self.halo else held, one_size, plain),
+            **resized_tiles(C, dtype, R * X, read, 0 if self.halo else held, one_size, plain and unit),
             **({"TALL": tall, "BROAD": broad} if self.halo else {}),
             "FULL": _bits(i not in others for i in range(len(exits))),
             "SAME": others[0] if len({tuple(exits[i].shape[2:]) for i in others}) == 1 else -1,
@@ -480,7 +482,7 @@ def resized_tiles(
         if plain and one_size and 1 < held and held * C <= 64 and read <= 4 and not TRITON_INTERPRETED:
             row["maxnreg"] = 128  # two programs a multiprocessor
         return {"BC": channels, "K": tiles, "LAST": C - (tiles - 1) * channels, "VEC": 1, **row}
-    channels = 8 if one_size and dtype != torch.float64 else 4
+    channels = 8 if one_size and read <= 16 and dtype != torch.float64 else 4
     if TRITON_INTERPRETED:
         channels = max(channels, (1 << 18) // pixels)
     return {"BC": min(channels, triton.next_power_of_2(C)), **row}
