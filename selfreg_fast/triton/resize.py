@@ -19,8 +19,7 @@ has copies along the other alone.
 Why so. Counted in binaries for sm_90, of five exits of 21 channels at an eighth of the size and two teachers; no GPU
 has run this. Instructions are those of a pixel, channel and exit: 58 in float32 and 50 in bfloat16, at 16 warps a
 multiprocessor without spills. An issue slot in every cycle would take 0.43 ms and 0.37 ms for an output of
-8 x 21 x 512 x 512 on 132 multiprocessors at 1.75 GHz. With registers as they come they are 55 and 47, at 8 warps; so,
-too, if a teacher's row is kept to learn from, 52.
+8 x 21 x 512 x 512 on 132 multiprocessors at 1.75 GHz. With more registers they are 55 and 47, at 8 warps.
 - Gathering four numbers takes 4 reads of shared memory and 4 operations, about 10 instructions with the patch. Four
   loads from global memory are as many reads, with 64-bit addresses. Interpolating rows first, at the exit's own
   columns, leaves two reads, but is done for half as many numbers as there are pixels: 13 to 15.
