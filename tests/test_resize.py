@@ -111,7 +111,7 @@ def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytes
     ]
     for number, (size, sizes, how) in enumerate(cases):
         align_corners = number > 0
-        if not backend.fused or not backend.resizes(sizes, size):
+        if not backend.fused or (backend.name == "cuda" and not backend.resizes(sizes, size)):
             pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
         exits = make_exits(3, (1, 3, *size), sizes=sizes, device=backend.device, **how)
         labels = make_labels((1, *size), 3, device=backend.device)
