@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,6 +99,40 @@ def test_every_ratio(
         assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
 
 
+def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger by less and by more than two, both ways or one, beside a smaller one: without F.interpolate.
+
+    Over borders of tiles, with the same bits each time, and 0 where no pixel of the output has part.
+    """
+    cases: list[tuple[tuple[int, int], list[tuple[int, int]], dict[str, Any]]] = [
+        ((19, 12), [(30, 40), (25, 5), (9, 3)], {"dtype": torch.float64, "layout": "channels_last"}),
+        ((12, 19), [(61, 30), (5, 23), (12, 50)], {"dtype": torch.bfloat16, "layout": "cropped"}),
+        ((1, 5), [(3, 9), (4, 2), (1, 5)], {"dtype": torch.float64, "layout": "contiguous"}),
+    ]
+    for number, (size, sizes, how) in enumerate(cases):
+        align_corners = number > 0
+        if not backend.fused or (backend.name == "cuda" and not backend.resizes(sizes, size)):
+            pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
+        exits = make_exits(3, (1, 3, *size), sizes=sizes, device=backend.device, **how)
+        labels = make_labels((1, *size), 3, device=backend.device)
+        kwargs: dict[str, Any] = {"teachers": (0, 2), "temperature": 2.0, "size": size}
+        kwargs |= {"align_corners": align_corners, "detach_teacher": not align_corners}
+        factor = math.prod(size)
+        expected = partial(reference.exit_loss_matrix, labels=labels, **kwargs)
+        exact = value_and_gradients(expected, [z.double() for z in exits], "random", factor)
+        fused = partial(srf.exit_loss_matrix, labels=labels, backend=backend.name, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.nn.functional.interpolate", None)
+            actual, *again = (value_and_gradients(fused, exits, "random", factor) for _ in range(2 - align_corners))
+        wide = torch.float64 if how["dtype"] == torch.float64 else torch.float32
+        assert_close(actual[0], exact[0], RELATIVE[wide], smallest(wide), "value")
+        for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+            floor = smallest(how["dtype"]) + 64 * torch.finfo(wide).eps * max(1, math.prod(size) / math.prod(sizes[i]))
+            assert_close(a, e, RELATIVE[how["dtype"]], floor, f"gradient of exit {i}")
+            assert not a[e == 0].any(), f"gradient of exit {i} where there is none"
+        assert all(torch.equal(a, b) for other in again for a, b in zip(actual, other, strict=True))
+
+
 @pytest.mark.parametrize("detach_teacher", [True, False])
 @pytest.mark.parametrize("channels", [8, 24, 25, 33, 150, 300, 600])
 def test_every_number_of_channels(backend: Backend, channels: int, detach_teacher: bool, not_all: bool) -> None:
@@ -184,8 +219,8 @@ def test_constant_exits_of_huge_outputs(backend: Backend, threads: None) -> None
 
 def test_scratch_memory_decides_nothing(backend: Backend) -> None:
     """The same bits whatever was in the memory that a launch takes for itself."""
-    exits = make_exits(3, (2, 11, 16, 16), device=backend.device, sizes=[(8, 8), (4, 4), (2, 2)])
-    labels = make_labels((2, 16, 16), 11, device=backend.device)
+    exits = make_exits(3, (1, 5, 16, 16), device=backend.device, sizes=[(8, 8), (40, 4), (45, 33)])
+    labels = make_labels((1, 16, 16), 5, device=backend.device)
 
     def run(before: float) -> list[torch.Tensor]:
         for n in range(6, 20):

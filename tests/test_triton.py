@@ -26,6 +26,8 @@ Report = dict[str, Any]
 
 EIGHTH: Report = {"size": (2, 64, 128), "exit_sizes": [(8, 16)] * 5}
 
+PYRAMID: Report = {"size": (2, 64, 128), "exit_sizes": [(2, 4), (4, 8), (8, 16), (16, 32), (64, 128)]}
+
 # What compiles: C, dtype, and how it differs from five exits, of which the first and the last teach, with labels, of a
 # size that vectors of 4 divide.
 LAUNCHES: dict[str, Report] = {
@@ -51,6 +53,8 @@ LAUNCHES: dict[str, Report] = {
     "19-bfloat16-resized": {"channels": 19, "dtype": "bfloat16", **EIGHTH},
     "21-float32-resized": {"channels": 21, "dtype": "float32", "temperature": 2.0, **EIGHTH},
     "21-float32-resized-learning": {"channels": 21, "dtype": "float32", "temperature": 2.0, "detach": False, **EIGHTH},
+    "21-float32-resized-half": {"channels": 21, "dtype": "float32", "size": (2, 64, 128), "exit_sizes": [(32, 64)] * 5},
+    "21-bfloat16-resized-mixed": {"channels": 21, "dtype": "bfloat16", **PYRAMID},
 }
 
 
@@ -244,7 +248,7 @@ def _warmup(launchers: Any) -> list[dict[str, int]]:
     launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu", output_stride=8)
     before = _counts(launchers)
     _step(launchers, (3, 97, 64), 21, "bfloat16")
-    _step(launchers, (3, 97, 64), 21, "bfloat16", exit_sizes=[(13, 8)] * 5)
+    _step(launchers, (3, 193, 128), 21, "bfloat16", exit_sizes=[(25, 16)] * 5)
     return [before, _counts(launchers)]
 
 

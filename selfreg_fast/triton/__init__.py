@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,7 +57,8 @@ def exit_loss(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     entries = (len(teachers) + 1) * n
     shape = (len(teachers) + 1, n, *((B, H, W) if reduction == NONE else ()))
-    grads = {i: torch.empty_like(exits[i]) for i in wanted}
+    whole = [z.shape[2] > H and z.shape[3] > W for z in exits]  # its gradient is 0 in most places
+    grads = {i: (torch.zeros_like if whole[i] else torch.empty_like)(exits[i]) for i in wanted}
     if pixels == 0:
         losses = first.new_zeros(shape, dtype=dtype)
         return losses.new_zeros(()), losses, list(grads.values())
@@ -67,15 +68,16 @@ def exit_loss(
         options = constants(n, teachers, temperature, target, label_smoothing, mask_soft, detach_teacher, bool(wanted))
         places = [grads.get(i, exits[i]) for i in range(n)]  # each exit's gradient, or what has its strides
         wide = dtype == torch.float64 or options["LEARN"]
-        small = [i for i in range(n) if tuple(exits[i].shape[2:]) != (H, W)]
+        plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
+        others = [i for i in range(n) if tuple(exits[i].shape[2:]) != (H, W)]
         resized: _Resized | None = None
-        if small:
-            resized = _Resized(exits, small, wanted, (B, C, H, W), dtype, align_corners, not wide)
+        if others:
+            held = 0 if wide else rows_held(options, labels is not None)
+            resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, held, plain, options["UNIT"])
             walk, strides, config = (B, H, W), [list(z.stride()) for z in (*exits, *places)], resized.config
         else:
             walk, strides, order = _runs(first.shape, exits, places)
             vector = vector_length(walk, C, strides, order, [*exits, *grads.values()])
-            plain = class_weight is None and pixel_weight is None and not label_smoothing and not mask_soft
             config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
             config = config or block_tiles(C, dtype, order)
             config |= _layout(walk, strides, config["BC"], config["BP"])
@@ -162,6 +164,7 @@ def warmup(
         memory_format: of the exits.
         device: of the exits; default: the current CUDA device.
         output_stride: how many times larger than the exits, which then are all of one size, the output is; at least 1.
+            Outputs of less than 128 rows or columns that it does not divide may need another compilation.
     """
     if device is None:
         device = "cpu" if TRITON_INTERPRETED else "cuda"
@@ -352,58 +355,71 @@ def _pairs(numbers: Sequence[float]) -> tuple[float, ...]:
     return tuple(pairs)
 
 
-# ---- exits smaller than the output -----------------------------------------------------------------------------------
+# ---- exits of other sizes than the output's --------------------------------------------------------------------------
 
 
 class _Resized:
-    """What exits smaller than the output need: tables of where it lies on them, and room for their gradients' parts."""
+    """What they need: tables of where the output lies on them, and room for their gradients' parts."""
 
     def __init__(
         self,
         exits: Sequence[Tensor],
-        small: Sequence[int],
+        others: Sequence[int],
         wanted: Sequence[int],
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         align_corners: bool,
-        whole: bool,
+        held: int,
+        plain: bool,
+        unit: bool,
     ) -> None:
-        """`small`: which they are; `shape`: (B, C, H, W) of the output; `whole`: rows may be held in registers."""
+        """`others`: which they are; `shape`: (B, C, H, W) of the output; `held`: see rows_held, 0 where none may be."""
         B, C, H, W = shape
+        tall, broad = _bits(z.shape[2] > H for z in exits), _bits(z.shape[3] > W for z in exits)
+        self.halo = int(tall | broad != 0)
         self.shape = shape
-        self.tile = R, X = resized_tile(H, W, C)
-        down, across = triton.cdiv(H, R), triton.cdiv(W, X)
+        self.tile = R, X = resized_tile(H, W, C, self.halo)
+        down, across = tiles_along(H, R, self.halo), tiles_along(W, X, self.halo)
         self.tiles = down * across
-        self.collected = [i for i in small if i in wanted]
+        self.collected = [i for i in others if i in wanted and not tall & broad & 1 << i]
         rows, begin, widest, reach = [], 0, 1, 0
         for i, z in enumerate(exits):
             h, w = z.shape[2:]
-            copy = most(R, h, H, align_corners), most(X, w, W, align_corners)
+            patch = most(R, h, H, align_corners), most(X, w, W, align_corners)
+            copy = h if h > H else patch[0], w if w > W else patch[1]
             rows.append((h, w, *copy, begin))
-            if i in small:
-                widest = max(widest, *copy)
+            if i in others:
+                widest = max(widest, *patch)
                 reach = max(reach, sum(d * s for d, s in zip((C, h, w), z.stride()[1:], strict=True)))
             if i in self.collected:
-                reach = max(reach, C * copy[0] * across * copy[1])
-                begin += B * self.tiles * C * copy[0] * copy[1]
+                width = copy[1] if w > W else copy[1] * across
+                reach = max(reach, C * copy[0] * width)
+                begin += B * (1 if h > H else down) * C * copy[0] * width
         self.sizes = tuple(tuple(2 * x + 3 for x in row) for row in rows)
         device = exits[0].device
+        self.most = max(sum(z.shape[2:]) for z in exits)
         self.copies = torch.empty(begin, dtype=dtype, device=device)
-        self.places = torch.empty((3, len(exits), H + W), dtype=torch.int32, device=device)
+        self.places = torch.empty((len(exits), H + W), dtype=torch.int32, device=device)
+        self.parts = torch.empty((2, len(exits), self.most), dtype=torch.int32, device=device)
         weights = torch.empty((len(exits), H + W), dtype=dtype, device=device)
         block = 1024
-        resize.axes_kernel[(triton.cdiv(max(H, W), block), len(exits), 2)](
-            self.sizes, self.places, weights, H, W, int(align_corners), R=R, X=X, BLOCK=block, **FUSED
-        )
+        longest = max(H, W, *(d for z in exits for d in z.shape[2:]))
+        resize.axes_kernel[(triton.cdiv(longest, block), len(exits), 2)](
+            self.sizes, self.places, weights, self.parts, H, W, self.most, int(align_corners),
+            R=R, X=X, HALO=self.halo, BLOCK=block, **FUSED,
+        )  # fmt: skip
         self.arguments = (self.sizes, self.places, weights, self.copies)
-        reached = max(8, triton.next_power_of_2(widest))
-        one_size = len({tuple(exits[i].shape[2:]) for i in small}) == 1
+        read = max(4, triton.next_power_of_2(widest))
+        reached = max(8, read)  # of products on tensor cores the least
+        one_size = len({tuple(z.shape[2:]) for z in exits}) == 1
         self.config = {
-            **resized_tiles(C, dtype, R * X, reached, whole),
-            "FULL": sum(1 << i for i in range(len(exits)) if i not in small),
-            "SAME": small[0] if one_size else -1,
+            **resized_tiles(C, dtype, R * X, read, 0 if self.halo else held, one_size, plain and unit),
+            **({"TALL": tall, "BROAD": broad} if self.halo else {}),
+            "FULL": _bits(i not in others for i in range(len(exits))),
+            "SAME": others[0] if len({tuple(exits[i].shape[2:]) for i in others}) == 1 else -1,
             "X": X,
             "L": reached,
+            "PATCH": read,
             "ROWWISE": False,
             "WIDE": reach >= 2**31,
         }
@@ -418,34 +434,55 @@ class _Resized:
         programs = max(B * h * triton.cdiv(C * w, block) for h, w in sizes)
         strides = tuple(tuple(2 * x + 3 for x in g.stride()) for g in grads)
         resize.collect_kernel[(programs, len(grads))](
-            self.copies, tuple(grads), strides, self.sizes, self.places, B, C, H, W,
-            COLLECTED=sum(1 << i for i in self.collected), R=self.tile[0], X=self.tile[1], BLOCK=block, **FUSED,
+            self.copies, tuple(grads), strides, self.sizes, self.places, self.parts, B, C, H, W, self.most,
+            COLLECTED=sum(1 << i for i in self.collected), R=self.tile[0], X=self.tile[1], HALO=self.halo, BLOCK=block,
+            **FUSED,
         )  # fmt: skip
 
 
 def most(count: int, size: int, to: int, align_corners: bool) -> int:
     """The most positions of an exit that `count` neighbouring ones of the output lie on. See csrc/cuda/resize.h."""
     step, unit = (size - 1, max(to - 1, 1)) if align_corners else (size, to)
+    if size > to:
+        return 2 * count
     return min(size, (min(count, to) - 1) * step // unit + 3)
 
 
-def resized_tile(H: int, W: int, C: int) -> tuple[int, int]:
+def tiles_along(size: int, tile: int, halo: int) -> int:
+    """See resize.py."""
+    return max(1, -(-(size - halo) // (tile - halo)))
+
+
+def _bits(where: Iterable[bool]) -> int:
+    return sum(1 << i for i, here in enumerate(where) if here)
+
+
+def resized_tile(H: int, W: int, C: int, halo: int) -> tuple[int, int]:
     """Rows and columns of a tile: products on tensor cores sum over 16 at least."""
-    if TRITON_INTERPRETED:
+    if TRITON_INTERPRETED and not halo:
         rows, most_columns = min(64, triton.next_power_of_2(H)), (1 << 12) // min(triton.next_power_of_2(C), 32)
         return rows, min(most_columns, triton.next_power_of_2(W))
     return 16, 16
 
 
-def resized_tiles(C: int, dtype: torch.dtype, pixels: int, reached: int, whole: bool) -> dict[str, Any]:
+def resized_tiles(
+    C: int, dtype: torch.dtype, pixels: int, read: int, held: int, one_size: bool, plain: bool
+) -> dict[str, Any]:
     """Tiles of the main kernel: all channels of a pixel in one thread, where they may be and fit, else some of them.
 
-    In shared memory is a patch of `reached` rows and columns, of as many channels.
+    In shared memory, and in registers on the way there, is a patch of `read` rows and columns, of a tile's channels.
+    Exits of sizes of their own have addresses of their own, for which registers are needed, too.
     """
     row = {"BP": pixels, "ORDER": PIXELS, "num_warps": 8, "num_stages": 1}
-    if whole and C <= 32 and (reached <= 16 or TRITON_INTERPRETED):
-        return {"BC": triton.next_power_of_2(C), "K": 1, "LAST": C, "VEC": 1, **row}
-    channels = 4 if dtype == torch.float64 else 8
+    if held and C <= 32 and (read <= 16 or TRITON_INTERPRETED):
+        channels = triton.next_power_of_2(C)
+        if read > 8:
+            channels = triton.next_power_of_2(triton.cdiv(C, 2)) if TRITON_INTERPRETED else min(8, channels)
+        tiles = triton.cdiv(C, channels)
+        if plain and one_size and 1 < held and held * C <= 64 and read <= 4 and not TRITON_INTERPRETED:
+            row["maxnreg"] = 128  # two programs a multiprocessor
+        return {"BC": channels, "K": tiles, "LAST": C - (tiles - 1) * channels, "VEC": 1, **row}
+    channels = 8 if one_size and read <= 16 and dtype != torch.float64 else 4
     if TRITON_INTERPRETED:
         channels = max(channels, (1 << 18) // pixels)
     return {"BC": min(channels, triton.next_power_of_2(C)), **row}

@@ -8,7 +8,8 @@
 `exit_rows_kernel` keeps the channels of a pixel in registers: teachers first, whose target rows stay, then one exit
 after the other, read once. `exit_blocks_kernel` walks over the channels in blocks, twice, with the same block of all
 exits at hand: for rows too long, float64, and teachers that learn, which need all their students' logits at once. With
-X, the columns of a tile, both interpolate exits smaller than the output; how is in resize.py.
+X, the columns of a tile, both interpolate exits smaller than the output, and `exit_blocks_kernel` larger ones; how is
+in resize.py.
 
 Mathematics: csrc/pixel_math.h, derivations: selfreg_fast/reference.py. Notation: m = max_c z_c, y = z - m <= 0,
 e = exp(y), u = exp(y / tau); a teacher's target is q = factor u, and P = sum_c q_c. A, the type of the arithmetic, is
@@ -303,7 +304,8 @@ def exit_rows_kernel(
     FULL: tl.constexpr = 0,  # where exits are resized, bits: those that are not
     SAME: tl.constexpr = -1,  # one of those that are, if all are of one size; else -1
     X: tl.constexpr = 0,  # columns of a tile, or 0 where no exit is resized
-    L: tl.constexpr = 0,  # a tile lies on at most so many rows and columns of them
+    L: tl.constexpr = 0,  # a tile lies on at most so many rows and columns of them, of which it sums up gradients
+    PATCH: tl.constexpr = 0,  # the same, where it reads
 ):
     A: tl.constexpr = losses.dtype.element_ty
     N: tl.constexpr = len(exits)
@@ -315,6 +317,7 @@ def exit_rows_kernel(
     EXACT: tl.constexpr = exits[0].dtype.element_ty != tl.bfloat16  # in which products rounded to 11 bits are
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     EVERY: tl.constexpr = T > 0 and pixel_weight is None and not MASK_SOFT
+    SPARE: tl.constexpr = X > 0 and K == 1 and LAST < BC and labels is not None  # a channel that the label's can be
     tau = tl.full([], temperature, A)
     smoothing = tl.full([], label_smoothing, A)
     one_rate = tl.full([], LOG2E, A)  # exp(y) = exp2(y one_rate), never exp2(z one_rate - m one_rate)
@@ -339,7 +342,7 @@ def exit_rows_kernel(
     counted = inside if EVERY else (soft_weight if T > 0 else label_weight) != 0
 
     if SAME >= 0:
-        on = resize.taps(resized, SAME, y0, x0, H, W, X, L, BP)
+        on = resize.taps(resized, SAME, y0, x0, H, W, X, PATCH, BP)
         reduce = resize.matrices(resized, SAME, y0, x0, H, W, X, L, BP)
 
     # Phase 1: the teachers. Their target rows stay, or their argmax.
@@ -347,12 +350,12 @@ def exit_rows_kernel(
     for r in tl.static_range(T):
         if X:
             if SAME < 0:
-                on = resize.taps(resized, TEACHERS[r], y0, x0, H, W, X, L, BP)
-            z = resize.logits(
-                exits, strides, resized, on, TEACHERS[r], b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE,
-                EVERY, A,
+                on = resize.taps(resized, TEACHERS[r], y0, x0, H, W, X, PATCH, BP)
+            z = resize.row(
+                exits, strides, resized, on, TEACHERS[r], b, y0, x0, C, counted, None, FULL, SAME, X, PATCH, K, BC, BP,
+                WIDE, EVERY, A,
             )  # fmt: skip
-            y, m = _less_maximum((z,), LAST)
+            y, m = _less_maximum(z, LAST)
         else:
             first, step, place, tile = _tile(strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
             y, m = _row(exits[TEACHERS[r]] + first, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
@@ -383,15 +386,40 @@ def exit_rows_kernel(
     for i in range(N):
         if X:
             if SAME < 0:
-                on = resize.taps(resized, i, y0, x0, H, W, X, L, BP)
-            z = resize.logits(
-                exits, strides, resized, on, i, b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE, EVERY, A
-            )
-            y, m = _less_maximum((z,), LAST)
+                on = resize.taps(resized, i, y0, x0, H, W, X, PATCH, BP)
+            z = resize.row(
+                exits, strides, resized, on, i, b, y0, x0, C, counted, label if SPARE else None, FULL, SAME, X, PATCH,
+                K, BC, BP, WIDE, EVERY, A,
+            )  # fmt: skip
+            y, m = _less_maximum(z, LAST)
         else:
             first, step, place, tile = _tile(strides, i, b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP)
             exit = picked(exits, i) + first
             y, m = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+        if SOFT:
+            dots, nan = (), tl.full([BP], 0, tl.int32)
+            for r in tl.static_range(T):
+                dots += (_dot(q[r * K : r * K + K], y, False),)
+                nan |= (dots[r] != dots[r]).to(tl.int32)
+            if tl.max(nan, 0) != 0:  # rare: a test of every number would cost more
+                guarded = ()
+                for r in tl.static_range(T):
+                    if X:
+                        guarded += (_dot(q[r * K : r * K + K], y, True),)
+                    elif ORDER == ROWS:
+                        y_again, m_again = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
+                        guarded += (_dot(q[r * K : r * K + K], y_again, True),)
+                    else:
+                        t_first, t_step, t_place, t_tile = _tile(
+                            strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
+                        )
+                        guarded += (
+                            _guarded_dot(
+                                exits[TEACHERS[r]] + t_first, t_step, t_tile, P[r], exit, step, tile, m, counted, rate,
+                                C, BC, A,
+                            ),
+                        )  # fmt: skip
+                dots = guarded
         e, Z1, v, Z2 = y, tl.full([BP], 1.0, A), y, tl.full([BP], 1.0, A)
         if ONE:
             e, Z1 = _exp2(y, one_rate, LAST)
@@ -405,7 +433,9 @@ def exit_rows_kernel(
         q1, q2 = tl.full([BP], 0, A), tl.full([BP], 0, A)
         hots, smooths, taught = q1, q1, ()
         if labels is not None:
-            if X:
+            if SPARE:
+                y_label = tl.sum(tl.where(tl.arange(0, BC)[:, None] == BC - 1, z[0], -0.0), 0) - m
+            elif X:
                 y_label = resize.logit(exits, strides, resized, i, b, y0, x0, H, W, label, counted, FULL, X, BP, A) - m
             else:
                 y_label = tl.load(exit + place + label * step, mask=counted, other=0.0).to(A) - m
@@ -422,35 +452,6 @@ def exit_rows_kernel(
             q1 += g * (hot + smooth * class_weights)
         else:
             _enter_nothing(i, losses, partials, j, inside, pixels, programs, program, A)
-        if SOFT:
-            dots, nan = (), tl.full([BP], 0, tl.int32)
-            for r in tl.static_range(T):
-                dots += (_dot(q[r * K : r * K + K], y, False),)
-                nan |= (dots[r] != dots[r]).to(tl.int32)
-            if tl.max(nan, 0) != 0:  # rare: a test of every number would cost more
-                guarded = ()
-                for r in tl.static_range(T):
-                    if X:
-                        z_again = resize.logits(
-                            exits, strides, resized, on, i, b, y0, x0, 0, C, counted, FULL, SAME, X, L, BC, BP, WIDE,
-                            EVERY, A,
-                        )  # fmt: skip
-                        y_again, m_again = _less_maximum((z_again,), LAST)
-                        guarded += (_dot(q[r * K : r * K + K], y_again, True),)
-                    elif ORDER == ROWS:
-                        y_again, m_again = _row(exit, step, tile, counted, room, K, LAST, ORDER, BP, BC, EVERY, A)
-                        guarded += (_dot(q[r * K : r * K + K], y_again, True),)
-                    else:
-                        t_first, t_step, t_place, t_tile = _tile(
-                            strides, TEACHERS[r], b, start, W, ORDER, ROWWISE, WIDE, VEC, BC, BP
-                        )
-                        guarded += (
-                            _guarded_dot(
-                                exits[TEACHERS[r]] + t_first, t_step, t_tile, P[r], exit, step, tile, m, counted, rate,
-                                C, BC, A,
-                            ),
-                        )  # fmt: skip
-                dots = guarded
         for r in tl.static_range(T):
             if SOFT:
                 loss = tau * (P[r] * log_z - dots[r])
@@ -505,13 +506,37 @@ def exit_rows_kernel(
                     if TWO:
                         grad += v[k] * f2[None, :]
                     if X:
-                        grad = _channels_of(grad, 0.0, True, LAST)
+                        grad = _channels_of(grad, 0.0, k == K - 1, LAST)
                         resize.put(
-                            grad, picked(grads, i), strides, resized, reduce, i, b, y0, x0, H, W, 0, C, inside, FULL,
-                            SAME, X, L, BC, BP, WIDE, EXACT,
+                            grad, picked(grads, i), strides, resized, reduce, i, b, y0, x0, H, W, k * BC, C, inside,
+                            FULL, -1, X, L, BC, BP, WIDE, EXACT,
                         )  # fmt: skip
                     else:
                         _put(grad, to, grad_step, grad_tile, inside, room, k, K, LAST, ORDER, BP, BC)
+
+
+@triton.jit
+def _block(
+    exits, strides, resized, on, i, b, y0, x0, H, W, first, step, tile, c0, C, counted, FULL: tl.constexpr,
+    SAME: tl.constexpr, X: tl.constexpr, PATCH: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+    LARGER: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """Logits of exit i of channels from c0 on, [BC, BP]; -inf where there is none or the pixel does not count."""
+    read = (c0 + tl.arange(0, BC) < C)[:, None] & counted[None, :]
+    if X:
+        if SAME < 0:
+            taps = resize.taps(resized, i, y0, x0, H, W, X, PATCH, BP, LARGER)
+        else:
+            taps = on
+        z = resize.logits(
+            exits, strides, resized, taps, i, b, y0, x0, c0, C, counted, None, FULL, SAME, X, PATCH, BC, BP, WIDE,
+            True, A, LARGER,
+        )  # fmt: skip
+        return tl.where(read, z, float("-inf"))
+    else:
+        S: tl.constexpr = len(strides)
+        at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
+        return tl.load(at, mask=read, other=float("-inf")).to(A)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -552,6 +577,9 @@ def exit_blocks_kernel(
     SAME: tl.constexpr = -1,
     X: tl.constexpr = 0,
     L: tl.constexpr = 0,
+    PATCH: tl.constexpr = 0,
+    TALL: tl.constexpr = 0,  # bits: exits with more rows than the output
+    BROAD: tl.constexpr = 0,  # and with more columns
 ):
     A: tl.constexpr = losses.dtype.element_ty
     N: tl.constexpr = len(exits)
@@ -569,12 +597,15 @@ def exit_blocks_kernel(
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     start = (program % tiles).to(tl.int64) * BP
+    HALO: tl.constexpr = 1 if TALL | BROAD else 0
     if X:
-        y0, x0, inside, spot = resize.tile_of(program % tiles, H, W, X, BP)
+        y0, x0, inside, spot = resize.tile_of(program % tiles, H, W, X, BP, HALO)
         j = b * H * W + spot
     else:
+        y0, x0 = 0, 0
         inside = tl.arange(0, BP) < H * W - start
         j = b * H * W + start + tl.arange(0, BP)
+    own = resize.own(y0, x0, inside, X, BP) if HALO else inside  # pixels whose losses and gradients are written here
     label_weight, soft_weight, k = _pixel_weights(labels, pixel_weight, j, inside, C, ignore_index, MASK_SOFT, A)
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     if T > 0 and pixel_weight is None and not MASK_SOFT:
@@ -610,14 +641,9 @@ def exit_blocks_kernel(
             offsets = place[s][None, :] + (tl.arange(0, BC) * step_c)[:, None]
         tile += (offsets if WIDE else offsets.to(tl.int32),)
     on, reduce = (), ()
-    if X:
-        for i in tl.static_range(N):
-            if SAME >= 0 and i > 0:
-                on += (on[0],)
-                reduce += (reduce[0],)
-            else:
-                on += (resize.taps(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
-                reduce += (resize.matrices(resized, SAME if SAME >= 0 else i, y0, x0, H, W, X, L, BP),)
+    if SAME >= 0:  # else registers for those of every exit are scarcer than instructions
+        on = resize.taps(resized, SAME, y0, x0, H, W, X, PATCH, BP, TALL | BROAD)
+        reduce = resize.matrices(resized, SAME, y0, x0, H, W, X, L, BP, TALL, BROAD, HALO)
 
     # Phase 1: over blocks of channels, the running maximum m of every exit, Z1 = sum e, Z2 = sum u, and the dot
     # products sum_c u_c y_c of teachers and students. Where a maximum grows by -up, what was summed up follows.
@@ -635,19 +661,13 @@ def exit_blocks_kernel(
 
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
-        read = (c < C)[:, None] & counted[None, :]
         y, u, up, fade, kept = (), (), (), (), ()
         new_m, new_Z1, new_Z2, new_arg, new_best, new_smooth_dot, new_dot = (), (), (), (), (), (), ()
         for i in tl.static_range(N):
-            if X:
-                z = resize.logits(
-                    exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP, WIDE, True,
-                    A,
-                )  # fmt: skip
-                z = tl.where(read, z, float("-inf"))
-            else:
-                at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
-                z = tl.load(at, mask=read, other=float("-inf")).to(A)
+            z = _block(
+                exits, strides, resized, on, i, b, y0, x0, H, W, first, step, tile, c0, C, counted, FULL, SAME, X,
+                PATCH, BC, BP, WIDE, TALL | BROAD, A,
+            )  # fmt: skip
             new_m += (tl.maximum(m[i], tl.max(z, 0)),)
             y += (z - new_m[i][None, :],)
             up += (m[i] - new_m[i],)
@@ -732,16 +752,18 @@ def exit_blocks_kernel(
             loss = hot * (log_1[i] - y_k)
             if SMOOTH:
                 loss += smooth * (class_weights * log_1[i] - smooth_dot[i])
-            g_i = _enter(loss, label_weight, i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT)
+            if HALO:
+                loss = tl.where(own, loss, 0.0)
+            g_i = _enter(loss, label_weight, i, gains, losses, partials, j, own, pixels, programs, program, GRADIENT)
             if GRADIENT:
                 hots += (g_i * hot,)
                 smooths += (g_i * smooth,)
                 q1_i += g_i * (hot + smooth * class_weights)
         else:
-            _enter_nothing(i, losses, partials, j, inside, pixels, programs, program, A)
+            _enter_nothing(i, losses, partials, j, own, pixels, programs, program, A)
         for r in tl.static_range(T):
             if i == TEACHERS[r]:  # nobody teaches itself
-                _enter_nothing((r + 1) * N + i, losses, partials, j, inside, pixels, programs, program, A)
+                _enter_nothing((r + 1) * N + i, losses, partials, j, own, pixels, programs, program, A)
                 g += (nothing,)
                 taught += (nothing,)
                 said += (nothing,)
@@ -763,8 +785,10 @@ def exit_blocks_kernel(
                         spot = exits[i] + first[i % S] + (place[i % S] + top * step[i % S])
                         y_t = tl.load(spot, mask=counted, other=0.0).to(A) - m[i]
                     loss = log_1[i] - y_t
+                if HALO:
+                    loss = tl.where(own, loss, 0.0)
                 g_r = _enter(
-                    loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, inside, pixels, programs, program,
+                    loss, soft_weight, (r + 1) * N + i, gains, losses, partials, j, own, pixels, programs, program,
                     GRADIENT,
                 )  # fmt: skip
                 if GRADIENT:
@@ -803,20 +827,14 @@ def exit_blocks_kernel(
 
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
-            read = (c < C)[:, None] & counted[None, :]
             written = (c < C)[:, None] & inside[None, :]
             y, u = (), ()
             for i in tl.static_range(N):
-                if grads[i] is not None or LEARN or ROWS[i] >= 0:
-                    if X:
-                        z = resize.logits(
-                            exits, strides, resized, on[i], i, b, y0, x0, c0, C, counted, FULL, SAME, X, L, BC, BP,
-                            WIDE, True, A,
-                        )  # fmt: skip
-                        z = tl.where(read, z, float("-inf"))
-                    else:
-                        at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
-                        z = tl.load(at, mask=read, other=float("-inf")).to(A)
+                if LEARN or (SOFT and ROWS[i] >= 0):  # others need them
+                    z = _block(
+                        exits, strides, resized, on, i, b, y0, x0, H, W, first, step, tile, c0, C, counted, FULL, SAME,
+                        X, PATCH, BC, BP, WIDE, TALL | BROAD, A,
+                    )  # fmt: skip
                     y += (z - m[i][None, :],)
                     u += (tl.exp2(y[i] * rate) if SOFT and (TWO or ROWS[i] >= 0) else 0,)
                 else:
@@ -826,10 +844,19 @@ def exit_blocks_kernel(
             for i in tl.static_range(N):
                 if grads[i] is not None:
                     grad = tl.full([BC, BP], 0, A)
+                    if LEARN or (SOFT and ROWS[i] >= 0):
+                        y_i, u_i = y[i], u[i]
+                    else:
+                        z = _block(
+                            exits, strides, resized, on, i, b, y0, x0, H, W, first, step, tile, c0, C, counted, FULL,
+                            SAME, X, PATCH, BC, BP, WIDE, TALL | BROAD, A,
+                        )  # fmt: skip
+                        y_i = z - m[i][None, :]
+                        u_i = tl.exp2(y_i * rate) if TWO else 0
                     if ONE:
-                        grad += tl.exp2(y[i] * one_rate) * f1[i][None, :]
+                        grad += tl.exp2(y_i * one_rate) * f1[i][None, :]
                     if TWO:
-                        grad += u[i] * f2[i][None, :]
+                        grad += u_i * f2[i][None, :]
                     for r in tl.static_range(T):
                         if i != TEACHERS[r] and SOFT:
                             grad -= u[TEACHERS[r]] * taught[i * T + r][None, :]
@@ -847,9 +874,13 @@ def exit_blocks_kernel(
                         grad -= _product(u[i] * factor[i][None, :], a)
                     if X:
                         grad = tl.where(written, grad, 0.0)
+                        if SAME < 0:
+                            reduce_i = resize.matrices(resized, i, y0, x0, H, W, X, L, BP, TALL, BROAD, HALO)
+                        else:
+                            reduce_i = reduce
                         resize.put(
-                            grad, grads[i], strides, resized, reduce[i], i, b, y0, x0, H, W, c0, C, inside, FULL, SAME,
-                            X, L, BC, BP, WIDE, EXACT,
+                            grad, grads[i], strides, resized, reduce_i, i, b, y0, x0, H, W, c0, C, own, FULL, SAME, X,
+                            L, BC, BP, WIDE, EXACT, TALL, BROAD, HALO,
                         )  # fmt: skip
                     else:
                         to = grads[i] + (first[(N + i) % S] + c0 * step[(N + i) % S]) + tile[(N + i) % S]
