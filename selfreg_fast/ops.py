@@ -33,10 +33,10 @@ REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 def resizes(backend: str, exit_size: Sequence[int], size: Sequence[int]) -> bool:
     """Whether the backend's kernels interpolate from `exit_size` to `size`; else the exit is resized beforehand.
 
-    On a GPU, exits larger than the output are left to `F.interpolate`: what it makes of them is no larger than they.
+    Triton leaves exits larger than the output to `F.interpolate`: what it makes of them is no larger than they.
     """
     smaller = exit_size[0] <= size[0] and exit_size[1] <= size[1]
-    return backend == "cpu" or (backend in ("cuda", "triton") and smaller)
+    return backend in ("cpu", "cuda") or (backend == "triton" and smaller)
 
 
 class Options(NamedTuple):

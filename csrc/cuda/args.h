@@ -40,14 +40,15 @@ struct Place {
   A* copy;                       // the band's own copy of the gradient, or null
   int32_t copy_columns;          // its row, in columns
   int32_t row, column, columns;  // the exit's first row, its columns
+  int32_t pixels;                // of the output, in a row of the strip
   int32_t low[P], fresh;         // of each row of the tile; the first of the exit that no tile of the band has added to
   A weight[P];                   // of the row below
 };
-// Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns], then
-// where the columns of each of the exit's begin, [columns + 3], both of uint16_t.
+// Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns] of
+// int32_t; then where each of the exit's begins, [columns + 3] of uint16_t, unless there are more.
 template <class A>
 SELFREG_RESIZE constexpr int column_numbers(int columns) {
-  return columns + ((2 * columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
+  return columns + (columns * 4 + (columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
 }
 
 template <class A>
@@ -127,7 +128,7 @@ struct Shape {
   static constexpr int kTargetRow = (kAccesses * V / kTargetVector | 1) * kTargetVector;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
   static constexpr bool kSpread = layout == Layout::planes || layout == Layout::resized;
-  static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
+  static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 || layout == Layout::resized ? 384 : 512;
   static constexpr int kMinBlocks = kMaxThreads > 128                                   ? 1
                                     : !whole || layout == Layout::resized || K * V > 24 ? 3
                                     : K * V <= 8                                        ? 6

@@ -505,8 +505,11 @@ struct Worker {
   SELFREG_DEVICE A* column_weights(int e) const {
     return shared + a.at.columns + e * column_numbers<A>(pixel_threads());
   }
-  SELFREG_DEVICE uint16_t* column_lows(int e) const {  // and, beyond them, where each of the exit's columns begins
-    return reinterpret_cast<uint16_t*>(column_weights(e) + pixel_threads());
+  SELFREG_DEVICE int32_t* column_lows(int e) const {
+    return reinterpret_cast<int32_t*>(column_weights(e) + pixel_threads());
+  }
+  SELFREG_DEVICE uint16_t* column_firsts(int e) const {
+    return reinterpret_cast<uint16_t*>(column_lows(e) + pixel_threads());
   }
   SELFREG_DEVICE Axis rows_of(int e) const { return {a.from[e].x, a.cut.height, a.align_corners}; }
   SELFREG_DEVICE Axis columns_of(int e) const { return {a.from[e].y, a.cut.width, a.align_corners}; }
@@ -526,13 +529,13 @@ struct Worker {
       if (!a.from[e].x) continue;
       const Axis axis = columns_of(e);
       const int64_t column = axis.low(begin);
-      uint16_t *const low = column_lows(e), *const first = low + pixel_threads();
+      int32_t* const low = column_lows(e);
       for (int k = thread(); k < pixel_threads() + 3; k += threads()) {
         const int64_t from = axis.first(column - 1 + k) - begin;
-        first[k] = uint16_t(from < 0 ? 0 : from < width ? from : width);
+        column_firsts(e)[k] = uint16_t(from < 0 ? 0 : from < width ? from : width);
         if (k >= pixel_threads()) continue;
         const int64_t at = begin + (k < width ? k : width - 1), l = axis.low(at);
-        low[k] = uint16_t(l - column);
+        low[k] = int32_t(l - column);
         column_weights(e)[k] = axis.template weight<A>(at, l);
       }
       if (thread() == 0) {
@@ -544,6 +547,7 @@ struct Worker {
         place.row = place.fresh = int(rows_of(e).low(i1));
         place.column = int(column);
         place.columns = int(axis.high(begin + width - 1) - column) + 1;
+        place.pixels = int(width);
       }
     }
   }
@@ -575,13 +579,11 @@ struct Worker {
   }
 
   // Where the thread's pixels lie on exit e: the pair of columns of the first pair of rows, at the image's first
-  // channel; distances in numbers, 0 where there is but one row or column. An exit has no more rows than the output, so
-  // that the last pixel lies on the same rows as the first, or on the next.
+  // channel; distances in numbers, 0 where there is but one row or column.
   struct Taps {
     const S* at;
-    Offset right, below;
+    Offset right, below, steps;  // steps: to the last pixel's rows, where they are others
     A right_weight, below_weight[P];
-    bool steps;  // the last pixel lies on the next rows
   };
   SELFREG_DEVICE Taps taps(int e) const {
     const PixelView& view = a.exits[e];
@@ -595,18 +597,18 @@ struct Worker {
     t.right_weight = column_weights(e)[slot()];
 #pragma unroll
     for (int p = 0; p < P; ++p) t.below_weight[p] = place.weight[p];
-    t.steps = P > 1 && place.low[P - 1] != place.low[0];
+    t.steps = Offset(place.low[P - 1] - place.low[0]) * Offset(view.step[1]);
     return t;
   }
 
   // Channels from c0 on of a resized exit, at the thread's pixels. From columns to pixels first, which the thread's
-  // pixels share. Where the last of them lies on the next rows, it is overwritten in a second pass.
+  // pixels share. Where the last of them lies on other rows, it is overwritten in a second pass.
   SELFREG_DEVICE void interpolate(int e, A (&to)[I][V]) const {
     const Taps t = taps(e);
     const int64_t step = int64_t(Offset(stride()) * Offset(a.exits[e].channel));
     A odd = 0;  // or NaN, where something is infinite or NaN
     auto pass = [&](int number, auto beside) {
-      const S* above = opaque(t.at + Offset(channel(0, 0)) * Offset(a.exits[e].channel) + (number ? t.below : 0));
+      const S* above = opaque(t.at + Offset(channel(0, 0)) * Offset(a.exits[e].channel) + (number ? t.steps : 0));
       const S* below = opaque(above + t.below);
       const Offset right = decltype(beside)::value ? 1 : t.right;
 #pragma unroll
@@ -627,7 +629,7 @@ struct Worker {
       for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
     }
 #pragma unroll 1
-    for (int number = 0; number <= int(t.steps); ++number) {
+    for (int number = 0; number <= int(t.steps != 0); ++number) {
       if (t.right == 1) {
         pass(number, std::true_type());  // one address serves both
       } else {
@@ -659,7 +661,7 @@ struct Worker {
     const PixelView& view = a.exits[e];
     if (!a.from[e].x) return to_number(__ldg(row_of(view, p) + c * view.channel));
     const Taps t = taps(e);
-    const S* const at = t.at + c * view.channel + (p > 0 && t.steps ? t.below : 0);
+    const S* const at = t.at + c * view.channel + (p > 0 ? t.steps : 0);
     const A left = to_number(__ldg(at)), right = to_number(__ldg(at + t.right));
     const A low_left = to_number(__ldg(at + t.below)), low_right = to_number(__ldg(at + t.below + t.right));
     const A w = t.below_weight[p], upper = left + t.right_weight * (right - left);
@@ -693,6 +695,17 @@ struct Worker {
     }
   }
 
+  // The first of so many pixels whose column is `column` or one to its right; their number where there is none.
+  SELFREG_DEVICE int find_first(int e, int pixels, int column) const {
+    const int32_t* const low = column_lows(e);
+    int first = 0;
+    while (first < pixels) {
+      const int middle = (first + pixels) / 2;
+      low[middle] < column ? first = middle + 1 : pixels = middle;
+    }
+    return first;
+  }
+
   // Adds z, the gradient at the tile's pixels of channels from c0 on, to the band's copy of the exit's. Through shared
   // memory: a thread takes a column of the exit and two channels, and sums the pixels to its left and right, in order.
   SELFREG_DEVICE void scatter(int e) const {
@@ -701,9 +714,10 @@ struct Worker {
     const int pitch = (pixel_threads() + 1) * P;  // so that channels are in different banks
     const ThePlace& place = place_under(e);
     const A* const weights = column_weights(e);
-    const uint16_t* const first = column_lows(e) + pixel_threads();
+    const uint16_t* const firsts = column_firsts(e);
+    const bool listed = place.columns <= pixel_threads() + 1;
+    auto first = [&](int k) { return listed ? firsts[k] : find_first(e, place.pixels, k - 1); };
     const int size = a.from[e].x;
-    const bool steps = place.low[P - 1] != place.low[0];
 #pragma unroll 1
     for (int begin = 0; begin < I; begin += Shape::kScattered) {
       const int c = c0 + begin * stride(), left = C - c;
@@ -729,24 +743,25 @@ struct Worker {
             for (int p = 0; p < P; ++p) sum[j][p] += w * g[p];
           }
         };
-        const int middle = first[column + 1], end = first[column + 2];
-        for (int x = first[column]; x < middle; ++x) add(x, weights[x]);
+        const int begin_left = first(column), middle = first(column + 1), end = first(column + 2);
+        if (begin_left == end) continue;  // no pixel lies on this column
+        for (int x = begin_left; x < middle; ++x) add(x, weights[x]);
         for (int x = middle; x < end; ++x) add(x, 1 - weights[x]);
 
-        A* to = place.copy + (int64_t(place.low[0] - place.row) * place.copy_columns + column) * C + c + k;
+        // The rows on which the pixels lie: two, or also the last ones of others.
 #pragma unroll
-        for (int r = 0; r <= P; ++r, to += int64_t(place.copy_columns) * C) {
-          const int row = place.low[0] + r;
-          if (row >= size || (r > 1 && !steps)) break;
+        for (int r = 0; r < 2 * P; ++r) {
+          const int row = place.low[r / 2] + r % 2;
+          if (row >= size || (r > 1 && row <= place.low[r / 2 - 1] + 1)) continue;
+          A* const to = place.copy + (int64_t(row - place.row) * place.copy_columns + column) * C + c + k;
 #pragma unroll
           for (int j = 0; j < kTogether; ++j) {
             if (j >= channels - k) break;
             A total = 0;
 #pragma unroll
             for (int p = 0; p < P; ++p) {
-              const int low = p > 0 && steps ? 1 : 0;
-              if (r == low) total += (1 - place.weight[p]) * sum[j][p];
-              if (r == low + 1) total += place.weight[p] * sum[j][p];
+              if (row == place.low[p]) total += (1 - place.weight[p]) * sum[j][p];
+              if (row == place.low[p] + 1) total += place.weight[p] * sum[j][p];
             }
             to[j] = row < place.fresh ? to[j] + total : total;
           }

@@ -213,10 +213,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ 
   const Copies copies(cut, h, w, a.align_corners);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.B * h * w; i += step) {
     const int64_t line = quotient(i, w), x = i - line * w, image = quotient(line, h), y = line - image * h;
-    // The output's rows that lie on row y are those on y - 1 and on y.
-    const int64_t band0 = quotient(rows.first(y - 1), cut.rows), band1 = quotient(rows.first(y + 1) - 1, cut.rows);
-    const int64_t strip0 = quotient(columns.first(x - 1), cut.columns);
-    const int64_t strip1 = quotient(columns.first(x + 1) - 1, cut.columns);
+    // The output's rows that lie on row y are those on y - 1 and on y; of larger exits there may be none.
+    const int64_t row0 = rows.first(y - 1), row1 = rows.first(y + 1) - 1;
+    const int64_t column0 = columns.first(x - 1), column1 = columns.first(x + 1) - 1;
+    const bool none = row0 > row1 || column0 > column1;
+    const int64_t band0 = quotient(row0, cut.rows), band1 = none ? band0 - 1 : quotient(row1, cut.rows);
+    const int64_t strip0 = quotient(column0, cut.columns), strip1 = quotient(column1, cut.columns);
     S* const to = static_cast<S*>(grad.data) + image * grad.step[0] + y * grad.step[1] + x * grad.step[2];
     const int64_t below = y - rows.low(band0 * cut.rows), right = x - columns.low(strip0 * cut.columns);
     const A* const first =

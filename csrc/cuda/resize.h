@@ -33,9 +33,10 @@ SELFREG_RESIZE int64_t quotient(int64_t n, int64_t d) {
   return ((n | d) >> 32) == 0 ? int64_t(unsigned(n) / unsigned(d)) : n / d;
 }
 
-// One dimension of an exit, of `from` <= `to` positions, which are resized to `to`. Bilinear as in F.interpolate, but
-// in whole numbers: position o is at numerator(o) / denominator(), exactly. It lies between low(o) and high(o), which
-// is low(o) + 1, also at and beyond the last position: so a pair is always there to be read, unless `from` is 1.
+// One dimension of an exit, of `from` positions, which are resized to `to`. Bilinear as in F.interpolate, but in whole
+// numbers: position o is at numerator(o) / denominator(), exactly. It lies between low(o) and high(o), which is
+// low(o) + 1, also at and beyond the last position: so a pair is always there to be read, unless `from` is 1. Where
+// `from` is the larger, some positions of the exit may lie under none of the output.
 struct Axis {
   int64_t from, to;
   bool align_corners;
