@@ -58,6 +58,11 @@ bool resizes(const ExitLoss& L, Args<A>& args) {
     if (exit.H == L.H && exit.W == L.W) continue;
     args.from[e] = make_int2(int(exit.H), int(exit.W));
     any = true;
+    args.size_number[e] = uint8_t(args.sizes);
+    for (int other = e; other-- > 0;)
+      if (args.from[other].x == args.from[e].x && args.from[other].y == args.from[e].y)
+        args.size_number[e] = args.size_number[other];
+    args.sizes += args.size_number[e] == args.sizes;
   }
   return any;
 }
@@ -324,6 +329,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.reduction = L.reduction;
   args.tau = A(L.temperature);
   args.rate_tau = A(kLog2e / L.temperature);
+  args.rate = L.target == Target::renormalized && !L.labels ? args.rate_tau : A(kLog2e);
+  args.unit = 1 / args.rate;
   args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
   args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
   args.hot_weight = A(1 - L.label_smoothing);
