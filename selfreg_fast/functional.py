@@ -12,13 +12,12 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, reference
 from .backends import choose
 from .distributed import Group, check_group, count_dtype, mean_over_ranks
-from .ops import Options, resizes
+from .ops import Options
 from .reference import SelfRegulationOutput, loss_dtype
 
 __all__ = [
@@ -613,13 +612,6 @@ def _losses(
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{argument}: the fused losses have no gradient for it; pass {argument}.detach()")
 
-    if first.dim() == 4:
-        exits = [
-            z
-            if z.shape[2:] == spatial or resizes(chosen, z.shape[2:], spatial)
-            else F.interpolate(z, size=spatial, mode="bilinear", align_corners=align_corners)
-            for z in exits
-        ]
     as_4d = [_as_4d(z) for z in exits]
     options = Options(
         teachers=teachers,

@@ -30,15 +30,6 @@ TARGETS = {"raw": 0, "renormalized": 1, "argmax": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
-def resizes(backend: str, exit_size: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether the backend's kernels interpolate from `exit_size` to `size`; else the exit is resized beforehand.
-
-    CUDA leaves exits larger than the output to `F.interpolate`: what it makes of them is no larger than they.
-    """
-    smaller = exit_size[0] <= size[0] and exit_size[1] <= size[1]
-    return backend in ("cpu", "triton") or (backend == "cuda" and smaller)
-
-
 class Options(NamedTuple):
     """What the launch computes; see :func:`selfreg_fast.exit_loss_matrix`."""
 
@@ -69,7 +60,7 @@ def exit_loss(
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        exits: N tensors (B, C, h, w), any strides, of the size (H, W) = `options.size` or of one that :func:`resizes`
+        exits: N tensors (B, C, h, w), any strides, of the size (H, W) = `options.size` or of another, to be resized
             allows.
         labels: (B, H, W) uint8, int32 or int64.
         class_weight: (C,) in the losses' dtype.

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfreg_fast import reference
-from selfreg_fast.ops import resizes
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "cropped", "cropped_channels_last", "expanded")
 
@@ -29,8 +28,8 @@ class Backend(NamedTuple):
         return self.name != "reference"
 
     def resizes(self, sizes: Iterable[Sequence[int]], size: Sequence[int]) -> bool:
-        """Whether its kernels interpolate, in float32 or float64; else exits are resized beforehand in their dtype."""
-        return all(tuple(s) == tuple(size) or resizes(self.name, s, size) for s in sizes)
+        """Whether it interpolates in float32 or float64, if at all; the reference does in the exits' dtype."""
+        return self.fused or all(tuple(s) == tuple(size) for s in sizes)
 
     @property
     def interpreted(self) -> bool:

@@ -136,9 +136,6 @@ def _arguments(backend: Backend, case: Case) -> tuple[list[Tensor], dict[str, An
     """The exits of a case, and the matrix's other arguments."""
     (batch, *spatial), channels, sizes, seed = case["shape"], case["channels"], case["sizes"], case["seed"]
     place = {"device": backend.device, "layout": case["layout"]}
-    if sizes and case["dtype"].itemsize == 2 and backend.fused and not backend.resizes(sizes, spatial):
-        # F.interpolate makes halves of larger ones: test_losses.py compares that with PyTorch's own.
-        sizes = [tuple(map(min, s, spatial)) for s in sizes]
     shape = (batch, channels, *spatial)
     exits = make_exits(case["n"], shape, dtype=case["dtype"], sizes=sizes, scale=case["scale"], seed=seed, **place)
     kwargs = {name: case[name] for name in ("teachers", "mask_soft", *OPTIONS)}
@@ -169,14 +166,14 @@ def _share_of_bound(
 ) -> float:
     """That of support.py, with leeway where logits are rounded on their way: divided by tau, or interpolated.
 
-    Kernels divide differences of logits, and interpolate at exact positions. The reference and F.interpolate do not, so
-    that float64 cannot be told better.
+    Kernels divide differences of logits, and interpolate at exact positions. The reference does not, so that float64
+    cannot be told better.
     """
     sizes, exactly = case["sizes"], backend.fused and case["dtype"] != torch.float64
     if exactly and not sizes:
         return share_of_bound(actual, exact, added, case["dtype"])
     largest = max((z.abs().max().item() for z in exits if z.numel()), default=0.0)
-    if sizes and not (exactly and backend.resizes(sizes, case["shape"][1:])):
+    if sizes and not exactly:
         # Positions are rounded, relative to themselves, so that an element beside a pixel may have part in it.
         largest *= max(map(max, [*sizes, case["shape"][1:]]))
         added = [added[0], *(m.amax((2, 3), keepdim=True) if m.numel() else m for m in added[1:])]

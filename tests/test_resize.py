@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import (
     RELATIVE,
     Backend,
@@ -43,12 +44,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "argmax": {"target": "argmax"},
     "learning": {"detach_teacher": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def _only_where_kernels_interpolate(backend: Backend) -> None:
-    if backend.fused and not backend.resizes([(1, 1)], (2, 2)):
-        pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
 
 
 @pytest.fixture
@@ -104,6 +99,8 @@ def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytes
 
     Over borders of tiles, with the same bits each time, and 0 where no pixel of the output has part.
     """
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate is what it has")
     cases: list[tuple[tuple[int, int], list[tuple[int, int]], dict[str, Any]]] = [
         ((19, 12), [(30, 40), (25, 5), (9, 3)], {"dtype": torch.float64, "layout": "channels_last"}),
         ((12, 19), [(61, 30), (5, 23), (12, 50)], {"dtype": torch.bfloat16, "layout": "cropped"}),
@@ -111,8 +108,6 @@ def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytes
     ]
     for number, (size, sizes, how) in enumerate(cases):
         align_corners = number > 0
-        if not backend.fused or (backend.name == "cuda" and not backend.resizes(sizes, size)):
-            pytest.skip(f"{backend.name}: F.interpolate resizes before the operator")
         exits = make_exits(3, (1, 3, *size), sizes=sizes, device=backend.device, **how)
         labels = make_labels((1, *size), 3, device=backend.device)
         kwargs: dict[str, Any] = {"teachers": (0, 2), "temperature": 2.0, "size": size}
@@ -157,6 +152,37 @@ def test_every_number_of_channels(backend: Backend, channels: int, detach_teache
     for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
         floor = 64 * torch.finfo(torch.float32).eps / channels * math.prod(size) / math.prod(sizes[i])
         assert_close(a, e, RELATIVE[torch.float32], floor, f"gradient of exit {i}")
+
+
+def test_larger_exits_are_interpolated_in_the_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not beforehand, and no tensor of the output's size is allocated; the same bits at every run; 0 where no pixel is.
+
+    The exits are larger in one dimension and smaller in the other, so that the output is larger than each of them.
+    """
+    sizes, size = [(400, 7), (20, 1000)], (160, 480)
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate is what it has")
+    exits = make_exits(2, (1, 5, *size), sizes=sizes, device=backend.device)
+    labels = make_labels((1, *size), 5, device=backend.device)
+    touched = value_and_gradients(lambda e: sum(F.interpolate(z, size, mode="bilinear").sum() for z in e), exits)[1:]
+
+    def interpolate(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("F.interpolate was called")
+
+    def run() -> list[torch.Tensor]:
+        return value_and_gradients(
+            lambda e: srf.self_regulation_loss(e, labels, temperature=2.0, backend=backend.name).total, exits
+        )
+
+    monkeypatch.setattr(F, "interpolate", interpolate)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        first = run()
+    largest = max(max(e.self_cpu_memory_usage, e.self_device_memory_usage) for e in profile.events())
+    assert 0 < largest < 4 * 5 * math.prod(size)
+    for one, two in zip(first, run(), strict=True):
+        assert torch.equal(one, two)
+    for gradient, weight in zip(first[1:], touched, strict=True):
+        assert torch.equal(gradient != 0, weight != 0)
 
 
 def test_masked_classes_stay_masked(backend: Backend) -> None:

@@ -29,8 +29,10 @@ struct SharedLayout {
   int32_t staged_row;
   uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
   int32_t places;        // [N] Place, of the whole block, Layout::resized
-  int32_t columns;       // [N] of column_numbers(), likewise
-  int32_t scattered;     // [kScattered groups, pixel threads + 1, P], likewise
+  int32_t columns;       // [sizes] of column_numbers(), likewise
+  int32_t lines;         // [groups, line_columns, kLine, P, 2], likewise
+  int32_t line_columns;
+  int32_t scattered;  // [threads, kScattered, P] with gaps, likewise
   int32_t total;
 };
 
@@ -40,14 +42,22 @@ struct Place {
   A* copy;                       // the band's own copy of the gradient, or null
   int32_t copy_columns;          // its row, in columns
   int32_t row, column, columns;  // the exit's first row, its columns
+  int32_t pixels;                // of the output, in a row of the strip
   int32_t low[P], fresh;         // of each row of the tile; the first of the exit that no tile of the band has added to
   A weight[P];                   // of the row below
 };
-// Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns], then
-// where the columns of each of the exit's begin, [columns + 3], both of uint16_t.
+// Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns] of
+// int32_t; then where each of the exit's begins, [columns + 3] of uint16_t, unless there are more.
 template <class A>
 SELFREG_RESIZE constexpr int column_numbers(int columns) {
-  return columns + ((2 * columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
+  return columns + (columns * 4 + (columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
+}
+
+// How many columns an interpolated line has, of an exit of which so many lie under a strip of `columns`: the pairs of
+// neighbours that pixels lie between, or the pixels, where there are fewer.
+SELFREG_RESIZE constexpr bool is_wide(int64_t under, int columns) { return under > columns + 1; }
+SELFREG_RESIZE constexpr int line_columns(int64_t under, int columns) {
+  return is_wide(under, columns) ? columns : under > 1 ? int(under) - 1 : 1;
 }
 
 template <class A>
@@ -62,7 +72,9 @@ struct Args {
   bool alike;               // all exits and gradients have the same steps
   bool align_corners;
   int2 from[kMaxExits];  // Layout::resized: the sizes (h, w) of exits that are resized; 0 of the others
-  Cut cut;               // likewise; `grads` of resized exits are then their private copies
+  int32_t sizes;         // likewise, how many there are; which one it is of each exit, numbered as they come
+  uint8_t size_number[kMaxExits];
+  Cut cut;  // likewise; `grads` of resized exits are then their private copies
 
   const void* labels;  // [pixels], or null
   LabelType label_type;
@@ -72,6 +84,7 @@ struct Args {
   Target target;
   Reduction reduction;
   A tau, rate_tau;           // temperature, log2(e) / temperature
+  A rate, unit;              // kOnce: what logits are taken times, and 1 by it
   A log_z_scale, dot_scale;  // of soft losses, as pixel_math.h has them; 1 and 1 for argmax
   A hot_weight, smoothing;   // what label smoothing leaves at the label, and gives to every class
   int64_t ignore_index;
@@ -127,19 +140,29 @@ struct Shape {
   static constexpr int kTargetRow = (kAccesses * V / kTargetVector | 1) * kTargetVector;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
   static constexpr bool kSpread = layout == Layout::planes || layout == Layout::resized;
-  static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 ? 384 : 512;
+  static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 || layout == Layout::resized ? 384 : 512;
   static constexpr int kMinBlocks = kMaxThreads > 128                                   ? 1
                                     : !whole || layout == Layout::resized || K * V > 24 ? 3
                                     : K * V <= 8                                        ? 6
                                     : K * V > 16                                        ? 4
                                     : layout == Layout::staged && (V == 2 || !plain)    ? 4
                                                                                         : 5;
-  // What of a row is stored a target and pixel beside it; how many accesses of a gradient are scattered at a time: half
-  // a row, for with all of it a multiprocessor would have room for two blocks only.
-  static constexpr int kScalars = whole ? 2 : 3;
+  // What of a row is stored a target and pixel beside it.
+  static constexpr int kScalars = !whole ? 3 : layout == Layout::resized && plain ? 1 : 2;
   static_assert(layout != Layout::resized || kAccesses < 32);
-  static constexpr int kScattered = whole ? (kAccesses + 1) / 2 : kAccesses;
+  // Of a column of an interpolated line, the distance to the next: odd, so that they are in different banks.
+  static constexpr int kLine = kAccesses | 1;
+  // How many channels of a gradient are scattered at a time: half a row, for with all of it a multiprocessor would have
+  // room for two blocks only. A multiple of four numbers, which are one access.
+  static constexpr int kScattered = !whole ? kAccesses : ((kAccesses + 1) / 2 * kPixels + 3) / 4 * 4 / kPixels;
 };
+
+// Where a thread's numbers lie among those that are scattered: gaps keep stores, and reads of pixels some apart, from
+// meeting in banks.
+template <class Shape>
+SELFREG_RESIZE constexpr int scattered_at(int thread) {
+  return thread * Shape::kScattered * Shape::kPixels + thread / 4 * 4;
+}
 
 template <class Shape, class A>
 SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
@@ -170,8 +193,14 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
   if (Shape::kLayout == Layout::resized) {
     const int columns = threads / a.groups;
     at.places = take(a.N * int(sizeof(Place<A, Shape::kPixels>) / sizeof(A)));
-    at.columns = take(a.N * column_numbers<A>(columns));
-    at.scattered = take((Shape::kScattered * a.groups + 1) * (columns + 1) * Shape::kPixels);
+    at.columns = take(a.sizes * column_numbers<A>(columns));
+    for (int e = 0; e < a.N; ++e) {
+      if (!a.from[e].x) continue;
+      const int needed = line_columns(Axis{a.from[e].y, a.size[2], a.align_corners}.most(columns), columns);
+      if (at.line_columns < needed) at.line_columns = needed;
+    }
+    at.lines = take(a.groups * at.line_columns * Shape::kLine * Shape::kPixels * 2);
+    at.scattered = take(scattered_at<Shape>(threads));
   }
   return at;
 }

@@ -185,6 +185,8 @@ template <int V, class A>
 SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
   if constexpr (V == 4) {  // a word copied from an array would be stored in four pieces
     *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
+  } else if constexpr (V == 2 && sizeof(A) == 8) {
+    *reinterpret_cast<double2*>(p) = make_double2(from[0], from[1]);
   } else if constexpr (V == 2) {
     *reinterpret_cast<float2*>(p) = make_float2(from[0], from[1]);
   } else {

@@ -37,6 +37,7 @@ struct Worker {
   static constexpr int kTargetVector = Shape::kTargetVector;
   static constexpr bool kWhole = Shape::kWhole, kPlain = Shape::kPlain;
   static constexpr bool kResized = kLayout == Layout::resized;
+  static constexpr bool kOnce = kResized && kWhole && kPlain;  // targets are read: plain_student()
 
   // A channel's distance from the first one, in numbers. The launch has seen to it that those of whole rows fit.
   using Offset = std::conditional_t<kWhole, uint32_t, int64_t>;
@@ -70,9 +71,9 @@ struct Worker {
   __device__ Worker(const Args<A>& args, A* numbers)
       : a(args),
         shared(numbers),
-        my_targets(kept(shared + a.at.targets + thread() * Shape::kTargetRow)),
-        my_scalars(kept(shared + a.at.scalars + thread() * P)),
-        my_sums(kept(shared + a.at.sums + thread())),
+        my_targets(kept_shared(shared + a.at.targets + thread() * Shape::kTargetRow)),
+        my_scalars(kept_shared(shared + a.at.scalars + thread() * P)),
+        my_sums(kept_shared(shared + a.at.sums + thread())),
         C(args.C),
         alone(kLayout != Layout::lanes && a.groups == 1),
         leads(group() == 0),
@@ -147,9 +148,6 @@ struct Worker {
     across_groups(x, [](A u, A v) { return u + v; });
   }
 
-  // Kept in a register, unless that is one too many: found by trying, for the compiler's spills follow no rule.
-  SELFREG_DEVICE static A* kept(A* p) { return kResized && kPlain ? p : kept_shared(p); }
-
   // Columns of shared memory.
   SELFREG_DEVICE A* target(int r) const { return my_targets + r * threads() * Shape::kTargetRow; }  // [I][V]
   // P of a target row; m of its logits, or their argmax; log2 of its factor.
@@ -205,7 +203,7 @@ struct Worker {
     return at;
   }
   SELFREG_DEVICE S* origin_of(const PixelView& view) const {
-    if (kResized) return nullptr;  // see taps()
+    if (kResized) return nullptr;  // see interpolate()
     return static_cast<S*>(view.data) + (a.alike ? offset : offset_in(view));
   }
 
@@ -367,6 +365,9 @@ struct Worker {
     __syncwarp();
   }
 
+  // kOnce: logits are taken times a.rate, before they are interpolated: once a column of the exit, not once a pixel.
+  SELFREG_DEVICE A logit(A x) const { return kOnce ? x * a.rate : x; }
+
   // One number of exit e, which lies at `from`.
   SELFREG_DEVICE A number(const S* from, int e, int p, int c) const {
     if constexpr (kResized) return interpolated(e, p, c);
@@ -487,7 +488,7 @@ struct Worker {
       return;
     }
     if constexpr (kResized) {
-      a.from[e].x ? scatter(e) : store_rows(e);
+      a.from[e].x ? scatter(e, z, m) : store_rows(e);
       return;
     }
     if (!inside) return;
@@ -503,10 +504,13 @@ struct Worker {
   using ThePlace = Place<A, P>;
   SELFREG_DEVICE ThePlace& place_under(int e) const { return reinterpret_cast<ThePlace*>(shared + a.at.places)[e]; }
   SELFREG_DEVICE A* column_weights(int e) const {
-    return shared + a.at.columns + e * column_numbers<A>(pixel_threads());
+    return shared + a.at.columns + a.size_number[e] * column_numbers<A>(pixel_threads());
   }
-  SELFREG_DEVICE uint16_t* column_lows(int e) const {  // and, beyond them, where each of the exit's columns begins
-    return reinterpret_cast<uint16_t*>(column_weights(e) + pixel_threads());
+  SELFREG_DEVICE int32_t* column_lows(int e) const {
+    return reinterpret_cast<int32_t*>(column_weights(e) + pixel_threads());
+  }
+  SELFREG_DEVICE uint16_t* column_firsts(int e) const {
+    return reinterpret_cast<uint16_t*>(column_lows(e) + pixel_threads());
   }
   SELFREG_DEVICE Axis rows_of(int e) const { return {a.from[e].x, a.cut.height, a.align_corners}; }
   SELFREG_DEVICE Axis columns_of(int e) const { return {a.from[e].y, a.cut.width, a.align_corners}; }
@@ -522,17 +526,19 @@ struct Worker {
     inside = x < cut.width;
     i2 = inside ? x : cut.width - 1;
     __syncthreads();  // all are done with the last one
-    for (int e = 0; e < a.N; ++e) {
+    for (int e = 0, sizes = 0; e < a.N; ++e) {
       if (!a.from[e].x) continue;
       const Axis axis = columns_of(e);
       const int64_t column = axis.low(begin);
-      uint16_t *const low = column_lows(e), *const first = low + pixel_threads();
-      for (int k = thread(); k < pixel_threads() + 3; k += threads()) {
+      int32_t* const low = column_lows(e);
+      const bool same = a.size_number[e] < sizes;  // as that of an exit before it
+      sizes += !same;
+      for (int k = same ? pixel_threads() + 3 : thread(); k < pixel_threads() + 3; k += threads()) {
         const int64_t from = axis.first(column - 1 + k) - begin;
-        first[k] = uint16_t(from < 0 ? 0 : from < width ? from : width);
+        column_firsts(e)[k] = uint16_t(from < 0 ? 0 : from < width ? from : width);
         if (k >= pixel_threads()) continue;
         const int64_t at = begin + (k < width ? k : width - 1), l = axis.low(at);
-        low[k] = uint16_t(l - column);
+        low[k] = int32_t(l - column);
         column_weights(e)[k] = axis.template weight<A>(at, l);
       }
       if (thread() == 0) {
@@ -544,6 +550,7 @@ struct Worker {
         place.row = place.fresh = int(rows_of(e).low(i1));
         place.column = int(column);
         place.columns = int(axis.high(begin + width - 1) - column) + 1;
+        place.pixels = int(width);
       }
     }
   }
@@ -574,67 +581,85 @@ struct Worker {
     pixel = (i0 * a.cut.height + y) * a.cut.width + i2;
   }
 
-  // Where the thread's pixels lie on exit e: the pair of columns of the first pair of rows, at the image's first
-  // channel; distances in numbers, 0 where there is but one row or column. An exit has no more rows than the output, so
-  // that the last pixel lies on the same rows as the first, or on the next.
-  struct Taps {
-    const S* at;
-    Offset right, below;
-    A right_weight, below_weight[P];
-    bool steps;  // the last pixel lies on the next rows
-  };
-  SELFREG_DEVICE Taps taps(int e) const {
-    const PixelView& view = a.exits[e];
+  // Rows of exit e under the tile, for channels from c0 on, at the exit's own width: for each of its columns the number
+  // and the step to the next. Of an exit that is wider than the strip: for each pixel, with steps of 0. All threads of
+  // the block; says whether something is not finite.
+  SELFREG_DEVICE bool draw_lines(int e) const {
     const ThePlace& place = place_under(e);
-    Taps t;
-    t.right = a.from[e].y > 1 ? Offset(view.step[2]) : 0;
-    t.below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
-    t.at = static_cast<const S*>(view.data) + i0 * view.step[0] +
-           (Offset(place.low[0]) * Offset(view.step[1]) +
-            Offset(place.column + column_lows(e)[slot()]) * Offset(view.step[2]));
-    t.right_weight = column_weights(e)[slot()];
+    const PixelView& view = a.exits[e];
+    const bool wide = is_wide(place.columns, pixel_threads());
+    const int columns = wide ? place.pixels : line_columns(place.columns, pixel_threads());
+    const int channels = min(C - c0, I * a.groups);
+    const Offset right = a.from[e].y > 1 ? Offset(view.step[2]) : 0, below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
+    const Offset rows = Offset(place.low[P - 1] - place.low[0]) * Offset(view.step[1]);  // to the last pixel's
+    const S* const first = static_cast<const S*>(view.data) + i0 * view.step[0] +
+                           (Offset(place.low[0]) * Offset(view.step[1]) + Offset(place.column) * Offset(view.step[2]) +
+                            Offset(c0) * Offset(view.channel));
+    A weight[P];
 #pragma unroll
-    for (int p = 0; p < P; ++p) t.below_weight[p] = place.weight[p];
-    t.steps = P > 1 && place.low[P - 1] != place.low[0];
-    return t;
+    for (int p = 0; p < P; ++p) weight[p] = place.weight[p];
+    bool odd = false;
+#pragma unroll 1
+    for (int task = thread(); task < channels * columns; task += threads()) {
+      const int c = int(unsigned(task) / unsigned(columns)), column = task - c * columns;
+      A line[2 * P];
+      if (wide) {
+#pragma unroll
+        for (int p = 0; p < P; ++p) line[2 * p] = interpolated(e, p, c0 + c, column), line[2 * p + 1] = 0;
+      } else {
+        const S* at = first + (Offset(c) * Offset(view.channel) + Offset(column) * Offset(view.step[2]));
+        auto draw = [&](int begin) {
+          const A left = to_number(__ldg(at)), next = to_number(__ldg(at + right));
+          const A down = to_number(__ldg(at + below)) - left, next_down = to_number(__ldg(at + below + right)) - next;
+#pragma unroll
+          for (int p = begin; p < P; ++p) {
+            line[2 * p] = logit(left + weight[p] * down);
+            line[2 * p + 1] = logit(next + weight[p] * next_down) - line[2 * p];
+          }
+        };
+        draw(0);
+        if (rows != 0) at += rows, draw(P - 1);
+        A zero = 0;  // or NaN
+#pragma unroll
+        for (int p = 0; p < P; ++p) zero += line[2 * p + 1] * 0;
+        odd |= zero != 0;
+      }
+      store_shared(kept_shared(line_at(group_of(c), column) + access_of(c) * 2 * P), line);
+    }
+    return odd;
+  }
+  // Whose channel c of the block is, and which of its accesses.
+  SELFREG_DEVICE int group_of(int c) const { return alone ? 0 : int(unsigned(c) % unsigned(a.groups)); }
+  SELFREG_DEVICE int access_of(int c) const { return alone ? c : int(unsigned(c) / unsigned(a.groups)); }
+  SELFREG_DEVICE A* line_at(int g, int column) const {
+    return shared + a.at.lines + (g * a.at.line_columns + column) * Shape::kLine * 2 * P;
+  }
+  // The column of its line that the thread's pixels are right of.
+  SELFREG_DEVICE int line_column(int e) const {
+    const ThePlace& place = place_under(e);
+    return is_wide(place.columns, pixel_threads()) ? min(slot(), place.pixels - 1) : column_lows(e)[slot()];
   }
 
-  // Channels from c0 on of a resized exit, at the thread's pixels. From columns to pixels first, which the thread's
-  // pixels share. Where the last of them lies on the next rows, it is overwritten in a second pass.
+  // Channels from c0 on of a resized exit, at the thread's pixels.
   SELFREG_DEVICE void interpolate(int e, A (&to)[I][V]) const {
-    const Taps t = taps(e);
-    const int64_t step = int64_t(Offset(stride()) * Offset(a.exits[e].channel));
-    A odd = 0;  // or NaN, where something is infinite or NaN
-    auto pass = [&](int number, auto beside) {
-      const S* above = opaque(t.at + Offset(channel(0, 0)) * Offset(a.exits[e].channel) + (number ? t.below : 0));
-      const S* below = opaque(above + t.below);
-      const Offset right = decltype(beside)::value ? 1 : t.right;
-#pragma unroll
-      for (int i = 0; i < I; ++i, above += step, below += step) {
-        if (!exists(i)) continue;
-        const A left = to_number(__ldg(above)), low_left = to_number(__ldg(below));
-        const A upper = left + t.right_weight * (to_number(__ldg(above + right)) - left);
-        const A down = low_left + t.right_weight * (to_number(__ldg(below + right)) - low_left) - upper;
-        odd += down * 0;
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (number == 0 || v == V - 1) to[i][v] = upper + t.below_weight[v] * down;
-      }
-    };
+    __syncthreads();  // all have read the last lines
+    const bool odd = __syncthreads_or(draw_lines(e));
+    const A weight = column_weights(e)[slot()];
+    const A* const line = line_at(group(), line_column(e));
 #pragma unroll
     for (int i = 0; i < I; ++i) {
+      A x[2 * P];
+      if (exists(i)) load_shared(line + i * 2 * P, x);
 #pragma unroll
-      for (int v = 0; v < V; ++v) to[i][v] = kLowest<A>;
+      for (int v = 0; v < V; ++v) to[i][v] = exists(i) ? x[2 * v] + weight * x[2 * v + 1] : kLowest<A>;
     }
-#pragma unroll 1
-    for (int number = 0; number <= int(t.steps); ++number) {
-      if (t.right == 1) {
-        pass(number, std::true_type());  // one address serves both
-      } else {
-        pass(number, std::false_type());
-      }
-    }
-    if (__builtin_expect(odd != 0, false)) correct(e, to);
+    if (__builtin_expect(odd, false)) correct(e, to);
+  }
+  // One number of the row at hand, by its channel.
+  SELFREG_DEVICE A in_line(int e, int p, int c) const {
+    const A* const line = line_at(group_of(c), line_column(e)) + (access_of(c) * P + p) * 2;
+    const A number = line[0] + column_weights(e)[slot()] * line[1];
+    return number - number == 0 ? number : interpolated(e, p, c);
   }
 
   // What is not finite is computed anew: where a weight is 0, the other number does not matter.
@@ -654,19 +679,23 @@ struct Worker {
     }
   }
 
-  // One number, the same as above where it is finite.
-  SELFREG_DEVICE A interpolated(int e, int p, int c) const {
+  // One number, the same as above where it is finite; of this thread's pixels, or of those in another column.
+  SELFREG_DEVICE A interpolated(int e, int p, int c) const { return interpolated(e, p, c, slot()); }
+  SELFREG_DEVICE A interpolated(int e, int p, int c, int x) const {
     const PixelView& view = a.exits[e];
-    if (!a.from[e].x) return to_number(__ldg(row_of(view, p) + c * view.channel));
-    const Taps t = taps(e);
-    const S* const at = t.at + c * view.channel + (p > 0 && t.steps ? t.below : 0);
-    const A left = to_number(__ldg(at)), right = to_number(__ldg(at + t.right));
-    const A low_left = to_number(__ldg(at + t.below)), low_right = to_number(__ldg(at + t.below + t.right));
-    const A w = t.below_weight[p], upper = left + t.right_weight * (right - left);
-    const A number = upper + w * (low_left + t.right_weight * (low_right - low_left) - upper);
+    if (!a.from[e].x) return logit(to_number(__ldg(row_of(view, p) + c * view.channel)));
+    const ThePlace& place = place_under(e);
+    const Offset right = a.from[e].y > 1 ? Offset(view.step[2]) : 0, below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
+    const S* const at =
+        static_cast<const S*>(view.data) + i0 * view.step[0] + c * view.channel +
+        (Offset(place.low[p]) * Offset(view.step[1]) + Offset(place.column + column_lows(e)[x]) * Offset(view.step[2]));
+    const A left = to_number(__ldg(at)), right_ = to_number(__ldg(at + right));
+    const A low_left = to_number(__ldg(at + below)), low_right = to_number(__ldg(at + below + right));
+    const A w = place.weight[p], w_x = column_weights(e)[x], number_left = logit(left + w * (low_left - left));
+    const A number = number_left + w_x * (logit(right_ + w * (low_right - right_)) - number_left);
     if (number - number == 0) return number;
     auto mix = [](A u, A v, A weight) { return weight == 0 ? u : weight == 1 ? v : (1 - weight) * u + weight * v; };
-    return mix(mix(left, low_left, w), mix(right, low_right, w), t.right_weight);
+    return logit(mix(mix(left, low_left, w), mix(right_, low_right, w), w_x));
   }
 
   // Exits of the output's size beside them.
@@ -679,7 +708,8 @@ struct Worker {
     for (int v = 0; v < V; ++v) {
       const S* p = row_of(view, v) + channel(0, 0) * view.channel;
 #pragma unroll
-      for (int i = 0; i < I; ++i, p += stride() * view.channel) to[i][v] = exists(i) ? to_number(__ldg(p)) : kLowest<A>;
+      for (int i = 0; i < I; ++i, p += stride() * view.channel)
+        to[i][v] = exists(i) ? logit(to_number(__ldg(p))) : kLowest<A>;
     }
   }
   SELFREG_DEVICE void store_rows(int e) const {
@@ -693,63 +723,137 @@ struct Worker {
     }
   }
 
-  // Adds z, the gradient at the tile's pixels of channels from c0 on, to the band's copy of the exit's. Through shared
-  // memory: a thread takes a column of the exit and two channels, and sums the pixels to its left and right, in order.
-  SELFREG_DEVICE void scatter(int e) const {
-    constexpr int kTogether = 2;
+  // The first of so many pixels whose column is `column` or one to its right; their number where there is none.
+  SELFREG_DEVICE int find_first(int e, int pixels, int column) const {
+    const int32_t* const low = column_lows(e);
+    int first = 0;
+    while (first < pixels) {
+      const int middle = (first + pixels) / 2;
+      low[middle] < column ? first = middle + 1 : pixels = middle;
+    }
+    return first;
+  }
+
+  // Adds a gradient at the tile's pixels, of channels from c0 on, to the band's copy of the exit's; kOnce: less the
+  // labels' targets. First sums of the pixels between the same two columns, for the left one and the right one, which
+  // take the place of the lines; then a thread takes a column of the exit and two channels, and adds what is to its
+  // left and right, in order.
+  SELFREG_DEVICE void scatter(int e, const A (&gradient)[I][V], const A (&label_k)[P]) const {
+    constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
     A* const numbers = shared + a.at.scattered;
-    const int pitch = (pixel_threads() + 1) * P;  // so that channels are in different banks
-    const ThePlace& place = place_under(e);
-    const A* const weights = column_weights(e);
-    const uint16_t* const first = column_lows(e) + pixel_threads();
-    const int size = a.from[e].x;
-    const bool steps = place.low[P - 1] != place.low[0];
+    const bool wide = is_wide(place_under(e).columns, pixel_threads());
+    const int cells = wide ? place_under(e).pixels : line_columns(place_under(e).columns, pixel_threads());
 #pragma unroll 1
     for (int begin = 0; begin < I; begin += Shape::kScattered) {
-      const int c = c0 + begin * stride(), left = C - c;
+      const int left = C - c0 - begin * stride();
       if (left <= 0) break;
-      __syncthreads();  // what was there has been added
+      A* const mine = numbers + scattered_at<Shape>(thread());
 #pragma unroll
-      for (int i = 0; i < I; ++i)
-        if (exists(i) && (i < Shape::kScattered) == (begin == 0))
-          store_shared(numbers + ((i - begin) * stride() + group()) * pitch + slot() * P, z[i]);
+      for (int part = 0; part < I; part += Shape::kScattered) {
+        if (part != begin) continue;
+#pragma unroll
+        for (int j = 0; j < kNumbers; j += kAccess) {
+          A x[kAccess];
+#pragma unroll
+          for (int k = 0; k < kAccess; ++k)
+            x[k] = part + (j + k) / P < I ? gradient[part + (j + k) / P][(j + k) % P] : A(0);
+          store_shared(mine + j, x);
+        }
+      }
+      if constexpr (kOnce) {
+#pragma unroll
+        for (int p = 0; p < P; ++p) {
+          const int place = place_in_row[p] - begin * P;
+          if (a.labels && unsigned(place) < unsigned(kNumbers)) mine[place] -= label_k[p] * hot_in_row[p];
+        }
+      }
       __syncthreads();
-      const int channels = min(left, Shape::kScattered * stride()), pairs = (channels + kTogether - 1) / kTogether;
+      sum_cells(e, begin, cells, wide);
+      __syncthreads();
+      add_columns(e, begin, min(left, Shape::kScattered * stride()), cells, wide);
+    }
+  }
+  // A cell: the pixels between two neighbouring columns; of a wide exit, each pixel.
+  SELFREG_DEVICE void sum_cells(int e, int begin, int cells, bool wide) const {
+    constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
+    constexpr int kTogether = kNumbers % 8 == 0 && sizeof(A) == 4 ? 8 : 4, kTasks = kNumbers / kTogether;
+    const A *const numbers = shared + a.at.scattered, *const weights = column_weights(e);
+    const uint16_t* const firsts = column_firsts(e);
 #pragma unroll 1
-      for (int task = thread(); task < place.columns * pairs; task += threads()) {
-        const int column = int(unsigned(task) / unsigned(pairs)), k = (task - column * pairs) * kTogether;
-        const A* const from = numbers + k * pitch;
-        A sum[kTogether][P] = {};
-        auto add = [&](int x, A w) {
+    for (int task = thread(); task < cells * kTasks * a.groups; task += threads()) {
+      const int number = task / kTasks, part = (task - number * kTasks) * kTogether;
+      const int g = alone ? 0 : int(unsigned(number) / unsigned(cells)), cell = number - g * cells;
+      const int end = wide ? cell + 1 : firsts[cell + 2];
+      A sum[kTogether] = {}, right[kTogether] = {};
+#pragma unroll 1
+      for (int x = wide ? cell : firsts[cell + 1]; x < end; ++x) {
+        const A w = weights[x];
+        const A* const from = numbers + scattered_at<Shape>(g * pixel_threads() + x) + part;
 #pragma unroll
-          for (int j = 0; j < kTogether; ++j) {
-            A g[P];
-            load_shared(from + j * pitch + x * P, g);
+        for (int j = 0; j < kTogether; j += kAccess) {
+          A n[kAccess];
+          load_shared(from + j, n);
 #pragma unroll
-            for (int p = 0; p < P; ++p) sum[j][p] += w * g[p];
-          }
-        };
-        const int middle = first[column + 1], end = first[column + 2];
-        for (int x = first[column]; x < middle; ++x) add(x, weights[x]);
-        for (int x = middle; x < end; ++x) add(x, 1 - weights[x]);
+          for (int k = 0; k < kAccess; ++k) sum[j + k] += n[k], right[j + k] += w * n[k];
+        }
+      }
+      A* const to = kept_shared(line_at(g, cell) + (begin * P + part) * 2);
+#pragma unroll
+      for (int j = 0; j < kTogether; j += 2) {
+        const A x[4] = {sum[j] - right[j], right[j], sum[j + 1] - right[j + 1], right[j + 1]};
+        if constexpr (P == 2) {
+          store_shared(to + 2 * j, x);
+        } else {
+          store_shared<2>(to + 2 * j, {x[0], x[1]});
+          store_shared<2>(to + 2 * j + 2, {x[2], x[3]});
+        }
+      }
+    }
+  }
+  SELFREG_DEVICE void add_columns(int e, int begin, int channels, int cells, bool wide) const {
+    constexpr int kTogether = kOnce ? 3 : 2;
+    const ThePlace& place = place_under(e);
+    const int size = a.from[e].x, columns = place.columns, parts = (channels + kTogether - 1) / kTogether;
+    A weight[P];
+    int low[P];
+#pragma unroll
+    for (int p = 0; p < P; ++p) weight[p] = place.weight[p], low[p] = place.low[p];
+#pragma unroll 1
+    for (int task = thread(); task < columns * parts; task += threads()) {
+      const int column = int(unsigned(task) / unsigned(parts)), c = (task - column * parts) * kTogether;
+      const int first = wide ? find_first(e, cells, column - 1) : max(column - 1, 0);
+      const int middle = wide ? find_first(e, cells, column) : column;
+      const int end = wide ? find_first(e, cells, column + 1) : min(column + 1, cells);
+      A sum[kTogether][P] = {};
+      auto add = [&](int cell, int side) {
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          A x[2 * P];
+          load_shared(line_at(group_of(c + j), cell) + (begin + access_of(c + j)) * 2 * P, x);
+#pragma unroll
+          for (int p = 0; p < P; ++p) sum[j][p] += x[2 * p + side];
+        }
+      };
+      for (int cell = first; cell < middle; ++cell) add(cell, 1);
+      for (int cell = middle; cell < end; ++cell) add(cell, 0);
 
-        A* to = place.copy + (int64_t(place.low[0] - place.row) * place.copy_columns + column) * C + c + k;
+      // The rows on which the pixels lie: two, or also the last ones of others.
 #pragma unroll
-        for (int r = 0; r <= P; ++r, to += int64_t(place.copy_columns) * C) {
-          const int row = place.low[0] + r;
-          if (row >= size || (r > 1 && !steps)) break;
+      for (int r = 0; r < 2 * P; ++r) {
+        const int row = low[r / 2] + r % 2;
+        if (row >= size || (r > 1 && row <= low[r / 2 - 1] + 1)) continue;
+        A* const to =
+            place.copy + (int64_t(row - place.row) * place.copy_columns + column) * C + c0 + begin * stride() + c;
 #pragma unroll
-          for (int j = 0; j < kTogether; ++j) {
-            if (j >= channels - k) break;
-            A total = 0;
+        for (int j = 0; j < kTogether; ++j) {
+          if (j >= channels - c) break;
+          A total = 0;
 #pragma unroll
-            for (int p = 0; p < P; ++p) {
-              const int low = p > 0 && steps ? 1 : 0;
-              if (r == low) total += (1 - place.weight[p]) * sum[j][p];
-              if (r == low + 1) total += place.weight[p] * sum[j][p];
-            }
-            to[j] = row < place.fresh ? to[j] + total : total;
+          for (int p = 0; p < P; ++p) {
+            if (row == low[p]) total += (1 - weight[p]) * sum[j][p];
+            if (row == low[p] + 1) total += weight[p] * sum[j][p];
           }
+          to[j] = row < place.fresh ? to[j] + total : total;
         }
       }
     }
@@ -769,12 +873,17 @@ struct Worker {
     origin = origin_of(a.exits[e]);
 #pragma unroll
     for (int p = 0; p < P; ++p) m[p] = kLowest<A>, label_z[p] = 0;
-    if (with_labels && leads) {  // with the row, of which they are part
+    const bool in_lines = kResized && kWhole && a.from[e].x;
+    if (with_labels && leads && !in_lines) {  // with the row, of which they are part
 #pragma unroll
       for (int p = 0; p < P; ++p) label_z[p] = number(origin, e, p, label[p]);
     }
     if constexpr (kWhole) {
       load_block(e, origin, z, again, m);
+      if (with_labels && leads && in_lines) {
+#pragma unroll
+        for (int p = 0; p < P; ++p) label_z[p] = in_line(e, p, label[p]);
+      }
     } else {
       for (int c = 0; c < C; c += I * stride()) {
         begin_block(c);
@@ -833,13 +942,14 @@ struct Worker {
     }
     // Beside u = sum exp(y / tau), a raw power of tau != 1 needs Z = sum exp(y); at tau = 2 that is a sum of squares.
     const bool two = a.target == Target::raw && a.tau != A(1), squares = two && a.tau == A(2);
+    const A rate_tau = kOnce ? a.rate_tau * a.unit : a.rate_tau;
     A row[I][V], u[P] = {}, Z[P] = {};
     over_blocks(e, [&] {
-      each([&](int i, int v) { u[pixel_of(v)] += row[i][v] = exp2_of(z[i][v], a.rate_tau); });
+      each([&](int i, int v) { u[pixel_of(v)] += row[i][v] = exp2_of(z[i][v], rate_tau); });
       if (squares) {
         each([&](int i, int v) { Z[pixel_of(v)] += power<2>(row[i][v]); });
       } else if (two) {
-        each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], A(kLog2e)); });
+        each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], kOnce ? A(1) : A(kLog2e)); });
       }
     });
     sum_across_groups(u);
@@ -853,7 +963,7 @@ struct Worker {
       sum[p] = two ? u[p] * factor[p] : A(1);
     }
     store_shared(scalars(r, kSum), sum);
-    store_shared(scalars(r, kMax), m);
+    if constexpr (!kOnce) store_shared(scalars(r, kMax), m);
     if constexpr (!kWhole) {
       store_shared(scalars(r, kLogFactor), log_factor);
     } else {
@@ -1024,6 +1134,56 @@ struct Worker {
     });
   }
 
+  // The same for rows of which nothing is rare: a target is read once, for the loss and the gradient.
+  SELFREG_DEVICE void plain_student(int e) {
+    A u[I][V], Z[P] = {}, log_z[P], label_k[P], f[P], loss[P];
+    each([&](int i, int v) { Z[pixel_of(v)] += u[i][v] = exp2_fast(z[i][v]); });
+    sum_across_groups(Z);
+    gradient_of_loss(0, e, label_k);
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      log_z[p] = log_normalizer(Z[p]);
+      loss[p] = label_w[p] != 0 ? label_w[p] * (hot[p] * (log_z[p] - (label_z[p] - m[p]) * a.unit)) : A(0);
+      f[p] = label_k[p] * hot[p];
+    }
+    put_loss(0, e, loss);
+    for (int r = 0; r < a.T; ++r) {
+      if (!teaches(r, e)) continue;
+      A sum[P], k[P];
+      load_shared(scalars(r, kSum), sum);
+      gradient_of_loss(r + 1, e, k);
+#pragma unroll
+      for (int p = 0; p < P; ++p) f[p] += k[p] * sum[p];
+    }
+#pragma unroll
+    for (int p = 0; p < P; ++p) f[p] *= reciprocal(Z[p]);
+    each([&](int i, int v) { u[i][v] *= f[pixel_of(v)]; });
+    for (int r = 0; r < a.T; ++r) {
+      if (!teaches(r, e)) continue;
+      A sum[P], k[P], dot[P] = {};
+      gradient_of_loss(r + 1, e, k);
+      each_target(r, [&](int i, int v, A q) {
+        dot[pixel_of(v)] += q * z[i][v];
+        u[i][v] -= k[pixel_of(v)] * q;
+      });
+      guard(r, e, dot);
+      sum_across_groups(dot);
+      load_shared(scalars(r, kSum), sum);
+#pragma unroll
+      for (int p = 0; p < P; ++p)
+        loss[p] = soft_w[p] * soft_loss(sum[p], dot[p], log_z[p], a.log_z_scale, a.dot_scale * a.unit);
+      put_loss(r + 1, e, loss);
+    }
+    if (!a.grads[e].data) return;
+    if (a.from[e].x) {
+      scatter(e, u, label_k);
+    } else {
+      each([&](int i, int v) { z[i][v] = u[i][v]; });
+      subtract_hot(e, label_k, a.labels && gain(0, e) != 0);
+      store_rows(e);
+    }
+  }
+
   SELFREG_DEVICE A class_weight(int c) const { return a.class_weight ? a.class_weight[c] : A(1); }
 
   // The dot product of the r-th teacher's target and exit e's y: for argmax, the y at that place.
@@ -1037,6 +1197,10 @@ struct Worker {
       return;
     }
     over_blocks(e, [&] { each_target(r, [&](int i, int v, A q) { dot[pixel_of(v)] += q * z[i][v]; }); });
+    guard(r, e, dot);
+    sum_across_groups(dot);
+  }
+  SELFREG_DEVICE void guard(int r, int e, A (&dot)[P]) const {
     bool good = true;
 #pragma unroll
     for (int p = 0; p < P; ++p) good = good && dot[p] == dot[p];
@@ -1045,7 +1209,6 @@ struct Worker {
       for (int p = 0; p < P; ++p)
         if (dot[p] != dot[p]) dot[p] = guarded_dot(r, e, p);
     }
-    sum_across_groups(dot);
   }
 
   // sum_c target_c y_c with 0 log 0 = 0. Rarely needed: a test for every number would cost more.
@@ -1183,7 +1346,11 @@ struct Worker {
       const bool again = !kWhole && step >= students;
       const int e = again ? a.teachers[step - students] : a.order[step];
       if (step > 0 || a.T == 0) read(e, false, true);  // the last teacher is the first student, and at hand
-      student(e, again);
+      if constexpr (kOnce) {
+        plain_student(e);
+      } else {
+        student(e, again);
+      }
     }
   }
 
@@ -1293,22 +1460,32 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
 
 #if SELFREG_STORAGE != 1
 
+// Of resized exits, channels a thread: with two more of two rows each, the compiler runs out of registers.
+template <int V>
+constexpr int kMostResized = V == 2 ? 22 : 24;
+
 // A row of channels in registers, K of them a thread, V to an access where alignment allows. The more channels, the
 // fewer pixels: K V numbers stay in registers.
 template <Layout layout, int V, int lanes, bool plain>
 bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channels) {
-  constexpr int most = layout == Layout::resized ? 24 : layout == Layout::lanes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
+  constexpr int most = layout == Layout::resized ? kMostResized<V>
+                       : layout == Layout::lanes ? 32
+                       : V == 4                  ? 8
+                       : V == 2                  ? 24
+                                                 : 32;
   if constexpr (most < 32 && layout != Layout::resized) {
     if (channels > most) return launch_whole<layout, V / 2, lanes, plain>(launch, args, block, channels);
   }
   if (channels <= 8) return launch_shape<layout, 8, V, lanes, true, plain>(launch, args, block);
-  if constexpr (most >= 24) {
+  if constexpr (most > 8) {
     if (channels <= 16) return launch_shape<layout, 16, V, lanes, true, plain>(launch, args, block);
     if constexpr (has_fine_steps(layout, V, plain)) {
       if (channels <= 20) return launch_shape<layout, 20, V, lanes, true, plain>(launch, args, block);
       if (channels <= 22) return launch_shape<layout, 22, V, lanes, true, plain>(launch, args, block);
     }
-    if (channels <= 24) return launch_shape<layout, 24, V, lanes, true, plain>(launch, args, block);
+    if constexpr (most >= 24) {
+      if (channels <= 24) return launch_shape<layout, 24, V, lanes, true, plain>(launch, args, block);
+    }
   }
   if constexpr (most >= 32) return launch_shape<layout, 32, V, lanes, true, plain>(launch, args, block);
   return false;
@@ -1328,12 +1505,13 @@ bool launch_planes(const Launch<A>& launch, Args<A>& args) {
 // Two rows at a time, which share most of what they are interpolated from; one where options need the registers.
 template <bool plain>
 bool launch_resized(const Launch<A>& launch, Args<A>& args) {
-  args.groups = (args.C + 23) / 24;
+  constexpr int V = plain ? 2 : 1;
+  args.groups = (args.C + kMostResized<V> - 1) / kMostResized<V>;
   if (args.groups > 12) args.groups += args.groups % 2;  // half warps: an even number of them
   const int channels = (args.C + args.groups - 1) / args.groups;
   const dim3 block = args.groups == 1 ? dim3(128, 1) : dim3(args.groups <= 12 ? 32 : 16, args.groups);
   if (args.groups > 24) return false;
-  return launch_whole<Layout::resized, plain ? 2 : 1, 1, plain>(launch, args, block, channels);
+  return launch_whole<Layout::resized, V, 1, plain>(launch, args, block, channels);
 }
 
 template <bool plain>

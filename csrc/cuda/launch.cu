@@ -58,6 +58,11 @@ bool resizes(const ExitLoss& L, Args<A>& args) {
     if (exit.H == L.H && exit.W == L.W) continue;
     args.from[e] = make_int2(int(exit.H), int(exit.W));
     any = true;
+    args.size_number[e] = uint8_t(args.sizes);
+    for (int other = e; other-- > 0;)
+      if (args.from[other].x == args.from[e].x && args.from[other].y == args.from[e].y)
+        args.size_number[e] = args.size_number[other];
+    args.sizes += args.size_number[e] == args.sizes;
   }
   return any;
 }
@@ -213,10 +218,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ 
   const Copies copies(cut, h, w, a.align_corners);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.B * h * w; i += step) {
     const int64_t line = quotient(i, w), x = i - line * w, image = quotient(line, h), y = line - image * h;
-    // The output's rows that lie on row y are those on y - 1 and on y.
-    const int64_t band0 = quotient(rows.first(y - 1), cut.rows), band1 = quotient(rows.first(y + 1) - 1, cut.rows);
-    const int64_t strip0 = quotient(columns.first(x - 1), cut.columns);
-    const int64_t strip1 = quotient(columns.first(x + 1) - 1, cut.columns);
+    // The output's rows that lie on row y are those on y - 1 and on y; of larger exits there may be none.
+    const int64_t row0 = rows.first(y - 1), row1 = rows.first(y + 1) - 1;
+    const int64_t column0 = columns.first(x - 1), column1 = columns.first(x + 1) - 1;
+    const bool none = row0 > row1 || column0 > column1;
+    const int64_t band0 = quotient(row0, cut.rows), band1 = none ? band0 - 1 : quotient(row1, cut.rows);
+    const int64_t strip0 = quotient(column0, cut.columns), strip1 = quotient(column1, cut.columns);
     S* const to = static_cast<S*>(grad.data) + image * grad.step[0] + y * grad.step[1] + x * grad.step[2];
     const int64_t below = y - rows.low(band0 * cut.rows), right = x - columns.low(strip0 * cut.columns);
     const A* const first =
@@ -322,6 +329,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.reduction = L.reduction;
   args.tau = A(L.temperature);
   args.rate_tau = A(kLog2e / L.temperature);
+  args.rate = L.target == Target::renormalized && !L.labels ? args.rate_tau : A(kLog2e);
+  args.unit = 1 / args.rate;
   args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
   args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
   args.hot_weight = A(1 - L.label_smoothing);

@@ -45,9 +45,6 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cuda(
     const Ints& size, bool align_corners) {
   check(!exits.empty(), "exits: expected at least one");
   check(exits.size() <= kMaxCudaExits, "exits: expected at most ", kMaxCudaExits, " on a GPU, got ", exits.size());
-  for (const Tensor& z : exits)
-    check(z.dim() == 4 && size.size() == 2 && z.size(2) <= size[0] && z.size(3) <= size[1],
-          "exits: those larger than `size` cannot be resized on a GPU");
   const int device = device_of(exits[0]);
   const DeviceGuard guard(device);
   auto run = [device](const ExitLoss& launch, const Tensor& first) {

@@ -318,10 +318,12 @@ bool Worker::MeetAtWarp(Thread* lanes, unsigned lane_count) {
 bool Worker::MeetAtBarrier() {
   std::vector<void*> fibers;
   const Thread* first = nullptr;
+  uint64_t any = 0;
   for (size_t i = 0; i < count; ++i) {
     Thread& thread = threads[i];
     if (thread.state == State::kReturned) continue;
     if (!first) first = &thread;
+    any |= thread.value;
     if (thread.state != State::kAtBarrier || thread.site.line != first->site.line ||
         strcmp(thread.site.file, first->site.file) != 0) {
       fprintf(stderr, "cuda_on_host: deadlock or divergent barrier\n");
@@ -332,6 +334,7 @@ bool Worker::MeetAtBarrier() {
     thread.state = State::kReady;
     fibers.push_back(thread.sanitizer);
   }
+  for (size_t i = 0; i < count; ++i) threads[i].result = any;
   Order(fibers.data(), fibers.size(), this);
   return first;
 }
@@ -354,10 +357,13 @@ Engine& engine = *new Engine;  // for ever: a process may end in one thread whil
 
 // ---- what kernels call ----
 
-HIDDEN_FROM_TSAN void SyncThreads(Site site) {
-  worker->running->function = "__syncthreads";
-  worker->running->site = site;
+HIDDEN_FROM_TSAN bool SyncThreads(Site site, bool value) {
+  Thread& thread = *worker->running;
+  thread.function = "__syncthreads";
+  thread.site = site;
+  thread.value = value;
   worker->Wait(State::kAtBarrier);
+  return thread.result != 0;
 }
 
 HIDDEN_FROM_TSAN uint64_t MeetLanes(Meeting meeting, const char* function, unsigned mask, uint64_t value,

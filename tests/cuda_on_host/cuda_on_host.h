@@ -21,8 +21,8 @@ struct Site {
   static constexpr Site Here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// Waits for all threads of the block that have not returned.
-void SyncThreads(Site site);
+// Waits for all threads of the block that have not returned; whether any of them says `value`.
+bool SyncThreads(Site site, bool value = false);
 
 // How lanes of a warp meet: all only wait and see each other's memory; or each gets the value of the lane `source`; or
 // each gets the mask of lanes whose value is not 0.

@@ -93,6 +93,10 @@ inline unsigned Vote(const char* function, unsigned mask, bool value, Site site)
 
 inline void __syncthreads(cuda_on_host::Site site = cuda_on_host::Site::Here()) { cuda_on_host::SyncThreads(site); }
 
+inline int __syncthreads_or(int value, cuda_on_host::Site site = cuda_on_host::Site::Here()) {
+  return cuda_on_host::SyncThreads(site, value != 0);
+}
+
 inline void __syncwarp(unsigned mask = 0xffffffffu, cuda_on_host::Site site = cuda_on_host::Site::Here()) {
   cuda_on_host::MeetLanes(cuda_on_host::Meeting::kSync, "__syncwarp", mask, 0, 0, site);
 }
