@@ -134,8 +134,8 @@ MUTATIONS = [
     Mutation(
         "cuda: no barrier before other warps' numbers are read",
         CUDA,
-        "buffer[p * threads() + thread()] = x[p];\n      __syncthreads();",
-        "buffer[p * threads() + thread()] = x[p];",
+        "buffer[p * size + group() * apart] = x[p];\n      __syncthreads();",
+        "buffer[p * size + group() * apart] = x[p];",
         "cuda",
         SHAPES + "contiguous and odd and float32'",
     ),

@@ -24,7 +24,7 @@ struct SharedLayout {
   int32_t sums;      // [N, T + 1, threads]
   int32_t gains;     // [N, T + 1], of the whole block
   int32_t ratios;    // [N], likewise: an exit's gain of the label loss by that of its first teacher's
-  int32_t exchange;  // [2, P, threads], where several threads share a pixel
+  int32_t exchange;  // [2, P, threads] or [2, P, pixel threads, exchange_pitch], where several threads share a pixel
   int32_t staged;    // [threads, staged_row] of the storage type, Layout::staged
   int32_t staged_row;
   uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
@@ -112,11 +112,17 @@ enum class Layout {
   resized,  // as planes, but a thread's pixels lie below each other, and some exits are of another size
 };
 
-// For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is, also 20 and 22, for 19 and 21.
+// For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is also 20 and 22, for 19 and 21,
+// or 28 and 30, so that few of a thread's channels may not exist.
 constexpr bool has_fine_steps(Layout layout, int V, bool plain) { return plain && layout != Layout::lanes && V == 2; }
+constexpr bool has_fine_last_steps(Layout layout, int V, bool plain) {
+  return plain && layout == Layout::planes && V == 1;
+}
 // The largest number of channels below K for which there is a kernel.
-constexpr int next_fewer(int K, bool fine_steps) {
-  return !fine_steps || K <= 16 || K > 24 ? K - 8 : K == 20 ? 16 : K - 2;
+constexpr int next_fewer(int K, Layout layout, int V, bool plain) {
+  if (has_fine_steps(layout, V, plain) && K > 16 && K <= 24) return K == 20 ? 16 : K - 2;
+  if (has_fine_last_steps(layout, V, plain) && K > 24) return K == 28 ? 24 : K - 2;
+  return K - 8;
 }
 
 // The shape of a thread's work: K channels in accesses of V numbers, neighbouring pixels except in lanes: channels.
@@ -133,20 +139,18 @@ struct Shape {
   static constexpr int kPixels = layout == Layout::lanes ? 1 : V;  // of a thread
   static constexpr int kAccesses = layout == Layout::lanes ? K / V : K;
   // The launch takes the smallest K that will do: as many channels as the next one has exist for sure.
-  static constexpr int kSureAccesses =
-      !whole || layout == Layout::lanes ? 0 : next_fewer(K, has_fine_steps(layout, V, plain));
+  static constexpr int kSureAccesses = !whole || layout == Layout::lanes ? 0 : next_fewer(K, layout, V, plain);
   // A thread's target row in shared memory: an odd number of accesses, so that a warp's threads meet in no bank.
   static constexpr int kTargetVector = kAccesses * V % 4 == 0 ? 4 : 2;
   static constexpr int kTargetRow = (kAccesses * V / kTargetVector | 1) * kTargetVector;
   // Bounds that leave a thread about 64 registers beside its row. More threads only where a pixel is spread over warps.
   static constexpr bool kSpread = layout == Layout::planes || layout == Layout::resized;
   static constexpr int kMaxThreads = !kSpread || K <= 16 ? 128 : K * V > 32 || layout == Layout::resized ? 384 : 512;
-  static constexpr int kMinBlocks = kMaxThreads > 128                                   ? 1
-                                    : !whole || layout == Layout::resized || K * V > 24 ? 3
-                                    : K * V <= 8                                        ? 6
-                                    : K * V > 16                                        ? 4
-                                    : layout == Layout::staged && (V == 2 || !plain)    ? 4
-                                                                                        : 5;
+  static constexpr int kMinBlocks = kMaxThreads > 128                                              ? 1
+                                    : !whole || layout == Layout::resized || K * V > 24            ? 3
+                                    : K * V <= 8                                                   ? 6
+                                    : K * V > 16 || V == 2 || (layout == Layout::staged && !plain) ? 4
+                                                                                                   : 5;
   // What of a row is stored a target and pixel beside it.
   static constexpr int kScalars = !whole ? 3 : layout == Layout::resized && plain ? 1 : 2;
   static_assert(layout != Layout::resized || kAccesses < 32);
@@ -156,6 +160,12 @@ struct Shape {
   // room for two blocks only. A multiple of four numbers, which are one access.
   static constexpr int kScattered = !whole ? kAccesses : ((kAccesses + 1) / 2 * kPixels + 3) / 4 * 4 / kPixels;
 };
+
+// Whether threads that share a pixel read its numbers four at a time: they then lie side by side, and those of pixels
+// an odd number of fours apart, so that a warp's threads meet in no bank.
+template <class Shape, class A>
+constexpr bool exchanges_fours = Shape::kLayout == Layout::planes && sizeof(A) == 4;
+SELFREG_RESIZE constexpr int exchange_pitch(int groups) { return groups < 4 ? groups | 1 : ((groups + 3) / 4 | 1) * 4; }
 
 // Where a thread's numbers lie among those that are scattered: gaps keep stores, and reads of pixels some apart, from
 // meeting in banks.
@@ -179,7 +189,8 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
   at.sums = take(a.reduction == Reduction::none ? 0 : (a.T + 1) * a.N * threads);
   at.gains = take((a.T + 1) * a.N);
   at.ratios = take(a.N);
-  at.exchange = take(Shape::kSpread && a.groups > 1 ? 2 * per_thread : 0);
+  const int numbers = exchanges_fours<Shape, A> ? threads / a.groups * exchange_pitch(a.groups) : threads;
+  at.exchange = take(Shape::kSpread && a.groups > 1 ? 2 * Shape::kPixels * numbers : 0);
   if (Shape::kLayout == Layout::staged) {
     // Where threads lie an even number of accesses apart they meet in banks. Of 16 bytes there is one more; otherwise
     // two of them meet at most.

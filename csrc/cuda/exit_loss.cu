@@ -130,17 +130,31 @@ struct Worker {
     }
     if constexpr (Shape::kSpread) {
       if (alone) return;
+      constexpr bool fours = exchanges_fours<Shape, A>;
+      const int pitch = fours ? exchange_pitch(a.groups) : 1, apart = fours ? 1 : pixel_threads();
+      const int size = fours ? pixel_threads() * pitch : threads();
       // Two buffers in turn: who writes one again has passed the barrier after which all had read it.
-      A* const buffer = shared + a.at.exchange + turn * threads() * P;
+      A* const buffer = shared + a.at.exchange + turn * P * size + slot() * pitch;
       turn ^= 1;
 #pragma unroll
-      for (int p = 0; p < P; ++p) buffer[p * threads() + thread()] = x[p];
+      for (int p = 0; p < P; ++p) buffer[p * size + group() * apart] = x[p];
       __syncthreads();
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        const A* const column = buffer + p * threads() + slot();
-        x[p] = column[0];
-        for (int g = 1; g < a.groups; ++g) x[p] = op(x[p], column[g * pixel_threads()]);
+        const A* const row = buffer + p * size;
+        x[p] = row[0];
+        int g = 1;
+        if constexpr (fours) {
+          A y[4];
+#pragma unroll 1
+          for (g = 0; g + 4 <= a.groups; g += 4) {
+            load_shared(row + g, y);
+            y[0] = op(op(y[0], y[1]), op(y[2], y[3]));
+            x[p] = g == 0 ? y[0] : op(x[p], y[0]);
+          }
+          g += g == 0;
+        }
+        for (; g < a.groups; ++g) x[p] = op(x[p], row[g * apart]);
       }
     }
   }
@@ -493,6 +507,7 @@ struct Worker {
     }
     if (!inside) return;
     S* p = origin_of(view) + Offset(channel(0, 0)) * Offset(view.channel);
+    if constexpr (I > 8) p = opaque(p);  // a short row's kernels would spill
     const Offset step = Offset(stride()) * Offset(view.channel);
 #pragma unroll
     for (int i = 0; i < I; ++i, p += step)
@@ -1486,6 +1501,10 @@ bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channe
     if constexpr (most >= 24) {
       if (channels <= 24) return launch_shape<layout, 24, V, lanes, true, plain>(launch, args, block);
     }
+  }
+  if constexpr (most >= 32 && has_fine_last_steps(layout, V, plain)) {
+    if (channels <= 28) return launch_shape<layout, 28, V, lanes, true, plain>(launch, args, block);
+    if (channels <= 30) return launch_shape<layout, 30, V, lanes, true, plain>(launch, args, block);
   }
   if constexpr (most >= 32) return launch_shape<layout, 32, V, lanes, true, plain>(launch, args, block);
   return false;

@@ -208,7 +208,7 @@ struct JoinArgs {
 
 // A thread an element of the plane: the sum of the copies that have it, which lie side by side, for all channels.
 template <class S, class A>
-__global__ void __launch_bounds__(kThreads) join_kernel(const __grid_constant__ JoinArgs<A> a) {
+__global__ void __launch_bounds__(kThreads, 3) join_kernel(const __grid_constant__ JoinArgs<A> a) {
   const int e = blockIdx.y;
   if (!a.copies[e]) return;
   const Cut& cut = a.cut;
