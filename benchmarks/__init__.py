@@ -1,4 +1,4 @@
-"""Programs that measure: `python -m benchmarks`, `python -m benchmarks.ablation`.
+"""Programs that measure: `python -m benchmarks`, `python -m benchmarks.ablation`, `python -m benchmarks.counted`.
 
 `-m` puts the repository's root first on the path, where ./selfreg_fast has no kernels if the package was not installed
 in place: the installed one must come before it.

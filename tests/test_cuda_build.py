@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: they compile without spills, and sanitizers find nothing in them on the CPU."""
+"""The CUDA kernels without a GPU: they compile without spills, their machine code computes the losses, and sanitizers
+find nothing in them on the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +11,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import machine_code
 import on_host
 import pytest
+import torch
+from machine_code import Case, Compiled
+from support import RELATIVE, assert_close, make_exits, make_labels, smallest
+
+from selfreg_fast import reference
 
 NVCC = shutil.which("nvcc")
 # One front end for both architectures: the second line is the PTX that newer GPUs compile for themselves.
@@ -21,8 +28,9 @@ STORAGE = {"0": "float", "1": "double", "2": "half", "3": "bfloat16"}
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_no_kernel_spills(tmp_path: Path) -> None:
-    """Every kernel for sm_80 and sm_90: registers are printed, nothing goes to local memory."""
+def test_kernels_compile_and_compute(tmp_path: Path) -> None:
+    """Every kernel for sm_80 and sm_90: registers are printed, nothing goes to local memory. And what has been compiled
+    for sm_90 in float32 is executed, instruction by instruction."""
 
     def compile_one(unit: tuple[str, list[str]]) -> str:
         name, defines = unit
@@ -51,6 +59,44 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
     print("\n".join(table))
     assert len(table) > 2 * 60
     assert not spilling, "\n".join(spilling)
+
+    for name, unit in (("exit_loss", UNITS[1]), ("launch", UNITS[0])):
+        (tmp_path / f"{unit[0]}{''.join(unit[1])}.fatbin").rename(tmp_path / f"{name}.cubin")
+    compiled = Compiled("float32", tmp_path)
+    for case in MACHINE_CODE:
+        _check_machine_code(compiled, case)
+
+
+# A tile and a part of one; a pixel a thread, over lanes, over warps; resized.
+MACHINE_CODE = (
+    Case("planes", (2, 21, 8, 32), ((8, 32),) * 3, (0, 2)),
+    Case("staged", (1, 21, 7, 19), ((7, 19),) * 2, (1,), channels_last=True),
+    Case("lanes", (1, 40, 4, 9), ((4, 9),) * 2, (0,), channels_last=True),
+    Case("warps", (1, 150, 3, 11), ((3, 11),) * 3, (2,)),
+    Case("resized", (1, 21, 12, 20), ((6, 10), (3, 5), (12, 20)), (0, 2)),
+)
+
+
+def _check_machine_code(compiled: Compiled, case: Case) -> None:
+    B, C, H, W = case.shape
+    exits = [make_exits(1, (B, C, h, w), seed=e)[0] for e, (h, w) in enumerate(case.sizes)]
+    labels = make_labels((B, H, W), C)
+    rows = [z.movedim(1, -1).contiguous() if case.channels_last else z for z in exits]
+    losses, total, actual = machine_code.exit_loss(compiled, case, rows, labels)
+    if case.channels_last:
+        actual = [g.movedim(-1, 1) for g in actual]
+    inputs = [z.double().requires_grad_() for z in exits]
+    exact = reference.exit_loss_matrix(
+        inputs, labels, teachers=case.teachers, temperature=case.temperature, size=(H, W)
+    )
+    weights = torch.ones_like(exact)
+    weights[0] = 0.8
+    exact_total = (weights * exact).sum()
+    assert_close(losses, exact.detach(), RELATIVE[torch.float32], smallest(torch.float32), f"{case.name}: losses")
+    assert abs(total - float(exact_total.detach())) < RELATIVE[torch.float32] * float(exact_total.detach())
+    for e, (g, z) in enumerate(zip(actual, torch.autograd.grad(exact_total, inputs), strict=True)):
+        pixels = B * H * W
+        assert_close(g * pixels, z * pixels, RELATIVE[torch.float32], smallest(torch.float32), f"{case.name}: exit {e}")
 
 
 def _shape(kernel: str) -> str:

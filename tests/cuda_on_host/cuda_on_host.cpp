@@ -396,7 +396,12 @@ void AllowSharedBytes(const void* kernel, size_t bytes) {
   engine.shared_bytes_allowed[kernel] = bytes;
 }
 
-cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+int Multiprocessors() { return 3; }
+
+int ResidentBlocks(const void*, int, size_t) { return 2; }
+
+cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const void*, size_t,
+                   const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(engine.one_at_a_time);
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   const size_t block_threads = size_t(block.x) * block.y * block.z;

@@ -226,8 +226,14 @@ inline cudaError_t Return(cudaError_t error) {
 constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
 void AllowSharedBytes(const void* kernel, size_t bytes);
 
-// Calls `thread` as every thread of the grid; returns when all have returned.
-cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
+// Calls `thread` as every thread of the grid; returns when all have returned. `parameters` are the kernel's, as a GPU
+// gets them.
+cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const void* parameters, size_t bytes,
+                   const std::function<void()>& thread);
+
+// What a device is said to have: multiprocessors, and blocks of a kernel that one runs at a time.
+int Multiprocessors();
+int ResidentBlocks(const void* kernel, int threads, size_t shared_bytes);
 
 }  // namespace cuda_on_host
 
@@ -245,7 +251,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = cuda_on_host::kSharedBytes; break;
-    case cudaDevAttrMultiProcessorCount: *value = 3; break;
+    case cudaDevAttrMultiProcessorCount: *value = cuda_on_host::Multiprocessors(); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 << 10; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_host::kMostSharedBytes; break;
   }
@@ -260,8 +266,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
 }
 
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
-  *blocks = 2;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads, size_t shared) {
+  *blocks = cuda_on_host::ResidentBlocks(reinterpret_cast<const void*>(kernel), threads, shared);
   return cudaSuccess;
 }
 
@@ -273,6 +279,6 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(given)...);
-  return cuda_on_host::Return(
-      cuda_on_host::Launch(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, parameters); }));
+  return cuda_on_host::Return(cuda_on_host::Launch(*config, reinterpret_cast<const void*>(kernel), &parameters,
+                                                   sizeof(parameters), [&] { std::apply(kernel, parameters); }));
 }

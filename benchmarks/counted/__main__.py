@@ -1,0 +1,147 @@
+"""Counts, for one block of each case, what its warps issue; no GPU is needed, nvcc is. `--help` says the rest.
+
+From the counts, with the numbers of an H200, follow two times that the kernel cannot beat: that of the instructions,
+four of which a multiprocessor issues a cycle, and that of the memory, each exit read and each gradient written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import kernels, sass
+from .kernels import Case
+
+# Of an H200: multiprocessors, clock under load in Hz, and what a copy reaches of its 4.8 TB/s in bytes/s. The clock and
+# the copy are assumptions.
+MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
+
+
+def _same(name: str, shape: tuple[int, int, int, int], exits: int, teachers: tuple[int, ...], **kwargs: Any) -> Case:
+    return Case(name, shape, (shape[2:],) * exits, teachers, **kwargs)
+
+
+def _eighth(name: str, shape: tuple[int, int, int, int], exits: int, teachers: tuple[int, ...], **kwargs: Any) -> Case:
+    return Case(name, shape, ((shape[2] // 8, shape[3] // 8),) * exits, teachers, **kwargs)
+
+
+CASES = (
+    _same("objective, 5 exits", (8, 21, 512, 512), 5, (0, 4)),
+    _same("objective, 5 exits, channels_last", (8, 21, 512, 512), 5, (0, 4), channels_last=True),
+    _same("objective, 2 exits", (4, 19, 1024, 2048), 2, (0, 1)),
+    _same("SR-F on features, 4 exits", (2, 256, 128, 128), 4, (0,), labels=False),
+    _same("SR-L, 4 exits", (8, 150, 128, 128), 4, (3,), labels=False),
+    _eighth("objective, 5 exits of 1/8", (8, 21, 512, 512), 5, (0, 4)),
+    _eighth("objective, 3 exits of 1/8", (4, 19, 1024, 2048), 3, (0, 2)),
+)
+FIELDS = "case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,instructions,issue_ms,memory_ms,mix"
+
+
+class Memory:
+    """Numbers made up from their address: logits between -2 and 2, labels, and counts of pixels."""
+
+    def __init__(self, case: Case, dtype: str) -> None:
+        self.case, self.itemsize = case, kernels.ITEMSIZE[dtype]
+        self.loaded: dict[int, int] = {}  # bytes, by address
+        self.labels: set[int] = set()
+
+    def load(self, at: int, size: int) -> int:
+        place = at // kernels.UNIT
+        if place == kernels.LABELS:
+            self.labels.add(at // 8)
+            return (at // 8 * 2654435761 >> 8) % self.case.shape[1] if at % 8 == 0 else 0
+        if place == kernels.WORKSPACE:  # a sum of phase 0
+            return sass.u64(1000.0)[at // 4 % 2]
+        self.loaded[at] = size
+        if self.itemsize == 4:
+            return sass.u32((at // 4 * 2654435761 >> 12 & 255) / 64 - 2)
+        halves = [sass.to_bf16(((at // 2 + k) * 2654435761 >> 12 & 255) / 64 - 2) for k in range(size // 2)]
+        return halves[0] | (halves[1] << 16 if len(halves) > 1 else 0)
+
+    def store(self, at: int, size: int, value: int) -> None:
+        pass
+
+    def elements(self) -> int:
+        """Output pixels x channels x exits that were computed."""
+        _, C, H, W = self.case.shape
+        if all(size == (H, W) for size in self.case.sizes):
+            return sum(self.loaded.values()) // self.itemsize
+        return len(self.labels) * C * len(self.case.sizes)
+
+
+def count(compiled: kernels.Compiled, case: Case) -> dict[str, Any]:
+    launches, _ = compiled.launches(case, MULTIPROCESSORS)
+    main = next(launch for launch in launches if "exit_loss_kernel" in launch.kernel.symbol)
+    memory = Memory(case, compiled.dtype)
+    program = sass.Program(main.kernel, main.parameters, main.grid, main.block, memory.load, memory.store)
+    issued = program.run((main.grid[0] // 2, 0))
+    warps = main.block[0] * main.block[1] // 32
+    per_element = warps * 32 / memory.elements()
+    instructions = sum(issued.values()) * per_element
+    B, C, H, W = case.shape
+    elements = B * C * H * W * len(case.sizes)
+    moved = 2 * sum(B * C * h * w for h, w in case.sizes) * memory.itemsize
+    registers = (main.kernel.registers + 7) // 8 * 8
+    resident = min(65536 // (registers * 32) // warps, (228 << 10) // (main.shared_bytes + 1024), 64 // warps)
+    mix = Counter({name: round(n * per_element, 2) for name, n in issued.items()})
+    return {
+        "case": case.name,
+        "dtype": compiled.dtype,
+        "shape": "x".join(map(str, case.shape)),
+        "exits": len(case.sizes),
+        "kernel": kernels.key(main.kernel.symbol),
+        "registers": main.kernel.registers,
+        "shared_bytes": main.shared_bytes,
+        "blocks": main.grid[0],
+        "warps_per_sm": resident * warps,
+        "instructions": round(instructions, 1),
+        "issue_ms": round(elements * instructions / 32 / (4 * MULTIPROCESSORS * CLOCK) * 1e3, 4),
+        "memory_ms": round(moved / BANDWIDTH * 1e3, 4),
+        "mix": " ".join(f"{name}:{n:g}" for name, n in mix.most_common(12)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description=__doc__)
+    parser.add_argument("--cases", default="", help="those whose names contain this")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(kernels.DTYPES))
+    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser.add_argument("--build", type=Path, default=kernels.ROOT / "build" / "counted", help="where to compile")
+    options = parser.parse_args()
+    console = Console()
+    rows = []
+    for dtype in options.dtypes:
+        console.print(f"compiling {dtype}, if it has not been: some minutes")
+        compiled = kernels.Compiled(dtype, options.build / f"{dtype}-{kernels.sources()}")
+        for case in CASES:
+            if options.cases not in case.name:
+                continue
+            begin = time.perf_counter()
+            rows.append(count(compiled, case))
+            console.print(f"{case.name}, {dtype}: {rows[-1]['instructions']} ({time.perf_counter() - begin:.0f} s)")
+    table = Table(title="instructions: of a thread, per output pixel, channel and exit")
+    fields = FIELDS.split(",")
+    for name in fields[:-1]:
+        if name != "kernel":
+            table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in fields[:-1] if name != "kernel"))
+    console.print(table)
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
