@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 import time
 from collections import Counter
@@ -42,7 +43,7 @@ CASES = (
     _eighth("objective, 5 exits of 1/8", (8, 21, 512, 512), 5, (0, 4)),
     _eighth("objective, 3 exits of 1/8", (4, 19, 1024, 2048), 3, (0, 2)),
 )
-FIELDS = "case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,instructions,issue_ms,memory_ms,mix"
+FIELDS = "commit,nvcc,case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,instructions,issue_ms,memory_ms,mix"
 
 
 class Memory:
@@ -93,6 +94,8 @@ def count(compiled: kernels.Compiled, case: Case) -> dict[str, Any]:
     resident = min(65536 // (registers * 32) // warps, (228 << 10) // (main.shared_bytes + 1024), 64 // warps)
     mix = Counter({name: round(n * per_element, 2) for name, n in issued.items()})
     return {
+        "commit": kernels.printed(["git", "-C", str(kernels.ROOT), "describe", "--always", "--dirty"]).strip(),
+        "nvcc": re.findall(r"V([\d.]+)", kernels.printed(["nvcc", "--version"]))[0],
         "case": case.name,
         "dtype": compiled.dtype,
         "shape": "x".join(map(str, case.shape)),
@@ -129,11 +132,11 @@ def main() -> int:
             console.print(f"{case.name}, {dtype}: {rows[-1]['instructions']} ({time.perf_counter() - begin:.0f} s)")
     table = Table(title="instructions: of a thread, per output pixel, channel and exit")
     fields = FIELDS.split(",")
-    for name in fields[:-1]:
-        if name != "kernel":
-            table.add_column(name)
+    shown = [name for name in fields if name not in ("commit", "nvcc", "kernel", "mix")]
+    for name in shown:
+        table.add_column(name.replace("_", " "))
     for row in rows:
-        table.add_row(*(str(row[name]) for name in fields[:-1] if name != "kernel"))
+        table.add_row(*(str(row[name]) for name in shown))
     console.print(table)
     if options.out:
         with options.out.open("w", newline="") as file:

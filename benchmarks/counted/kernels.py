@@ -57,7 +57,7 @@ def sources() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
-def _printed(command: list[str]) -> str:
+def printed(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(" ".join(command) + "\n" + done.stderr)
@@ -75,7 +75,7 @@ class Compiled:
         self.kernels: dict[str, sass.Kernel] = {}
         for cubin in ("exit_loss", "launch"):
             self.kernels |= sass.read(folder / f"{cubin}.cubin", key)
-        symbols = _printed(["nm", str(folder / "launches")])
+        symbols = printed(["nm", str(folder / "launches")])
         self.symbols = {int(at, 16): key(name) for at, name in re.findall(r"^([0-9a-f]+) \w (\S+)$", symbols, re.M)}
         lines = [f"{at:x} {self.kernels[k].registers}" for at, k in self.symbols.items() if k in self.kernels]
         (folder / "registers").write_text("\n".join(lines))
@@ -103,7 +103,7 @@ class Compiled:
 
         def build(name: str) -> None:
             part = self.folder / f"part-{name}"
-            _printed([*jobs[name], "-o", str(part)])
+            printed([*jobs[name], "-o", str(part)])
             part.replace(self.folder / name)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -119,7 +119,7 @@ class Compiled:
         numbers += [*case.shape, len(case.sizes), *(x for size in case.sizes for x in size)]
         numbers += [len(case.teachers), *case.teachers, 0.8, 1.0]
         command = [str(self.folder / "launches"), str(self.folder / "registers"), *map(str, numbers)]
-        workspace, *lines = _printed(command).splitlines()
+        workspace, *lines = printed(command).splitlines()
         found = []
         for line in lines:
             at, *sizes, parameters = line.split()
