@@ -43,7 +43,10 @@ CASES = (
     _eighth("objective, 5 exits of 1/8", (8, 21, 512, 512), 5, (0, 4)),
     _eighth("objective, 3 exits of 1/8", (4, 19, 1024, 2048), 3, (0, 2)),
 )
-FIELDS = "commit,nvcc,case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,instructions,issue_ms,memory_ms,mix"
+FIELDS = (
+    "commit,nvcc,case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,"
+    "instructions,issue_ms,memory_ms,mix"
+)
 
 
 class Memory:
