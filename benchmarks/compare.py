@@ -64,14 +64,15 @@ def main(folder: Path = FOLDER) -> int:
     slower = 0
     old = ratios(before)
     for name, now in ratios(found[-1]).items():
+        case = name.partition("[")[2].rstrip("]") or name  # of "test_step[case]"; brackets would be taken for markup
         if name not in old:
-            table.add_row(name, now["peer"], "-", f"{now['ratio']:.3f}", "", "new")
+            table.add_row(case, now["peer"], "-", f"{now['ratio']:.3f}", "", "new")
             continue
         then, worse = old[name], is_slower(old[name], now)
         slower += worse
         change = f"{100 * (now['ratio'] / then['ratio'] - 1):+.0f} %"
         verdict = "SLOWER" if worse else ""
-        table.add_row(name, now["peer"], f"{then['ratio']:.3f}", f"{now['ratio']:.3f}", change, verdict)
+        table.add_row(case, now["peer"], f"{then['ratio']:.3f}", f"{now['ratio']:.3f}", change, verdict)
     Console().print(table)
     return int(slower > 0)
 

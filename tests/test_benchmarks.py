@@ -165,7 +165,10 @@ def test_what_got_slower(compare: ModuleType, tmp_path: Path, capsys: pytest.Cap
 
     def record(number: int, commit: str, dirty: bool, node: str = "here", **ratios: float) -> None:
         benchmarks = [
-            {"name": n, "extra_info": {"peer": "tuned", "ratio": r, "ratio_p20": 0.9 * r, "ratio_p80": 1.1 * r}}
+            {
+                "name": f"step[{n}]",
+                "extra_info": {"peer": "tuned", "ratio": r, "ratio_p20": 0.9 * r, "ratio_p80": 1.1 * r},
+            }
             for n, r in ratios.items()
         ]
         info = {"commit_info": {"id": commit, "dirty": dirty}, "machine_info": {"node": node}}
@@ -183,6 +186,7 @@ def test_what_got_slower(compare: ModuleType, tmp_path: Path, capsys: pytest.Cap
     assert compare.main(tmp_path) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "tuned" in line]
     assert ["SLOWER" in line for line in lines] == [True, False, False]
+    assert [line[1] for line in lines] == ["a", "b", "c"]
 
 
 def test_no_time_left_is_said(tmp_path: Path) -> None:
