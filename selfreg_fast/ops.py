@@ -60,8 +60,8 @@ def exit_loss(
 
     Args:
         backend: "cpu", "cuda" or "triton".
-        exits: N tensors (B, C, h, w), any strides, of the size (H, W) = `options.size` or of another, to be resized
-            allows.
+        exits: N tensors (B, C, h, w), any strides, of the size (H, W) = `options.size` or of any other, which is
+            resized.
         labels: (B, H, W) uint8, int32 or int64.
         class_weight: (C,) in the losses' dtype.
         pixel_weight: (B, H, W) in the losses' dtype.
