@@ -213,8 +213,8 @@ def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None
     fused = {**step, "peer": "fused", "step_ms": "100", "loss_ms": "10", "peak_bytes": str(2**20), "memory_gib": ""}
     plain = {**fused, "peer": "reference", "step_ms": "250", "loss_ms": "80", "peak_bytes": str(2**23)}
     limits = [{**row, "batch": n, "memory_gib": "24"} for row, n in ((fused, "9"), (plain, "4"))]
-    spread = {"precision": "fp32", "steps": "50", "first_loss": "6", "last_loss": "3", "fused_to_references": "2e-5"}
-    spread |= {"between_references": "3e-5", "most_between_references": "4e-5"}
+    spread = {"precision": "fp32", "steps": "50", "first_total": "6", "last_total": "4", "fused_to_references": "2e-5"}
+    spread |= {"first_mea": "2.5", "last_mea": "1", "between_references": "3e-5", "most_between_references": "4e-5"}
     folder = tmp_path / "benchmarks" / "results"
     training.write([fused, plain, *limits], folder / "ablation-step.csv")
     training.write([{**setting, **spread}], folder / "ablation-parity.csv")
@@ -224,7 +224,7 @@ def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None
         in text
     )
     assert "| full, SR-F on logits | 24 GiB | 4 | 9 |" in text
-    assert "| fp32 | 2.0e-05 | 3.0e-05 | 4.0e-05 |" in text
+    assert "| fp32 | 6.0 → 4.0 | 2.0e-05 | 3.0e-05 | 4.0e-05 | 1.0e-05 |" in text and "from 2.5 to 1.0" in text
     assert results.draw(folder / "ablation-step.csv", folder) == []
 
 

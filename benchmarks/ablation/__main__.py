@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.task == "step":
             write(step.measure(device, args.backend, common), args.results / "ablation-step.csv")
         elif args.task == "parity":
-            rows = parity.compare(load(args.data, PRESETS["quick"], device), args.backend, args.steps)
+            rows = parity.compare(load(args.data, parity.PRESET, device), args.backend, args.steps)
             write([{**common, **row} for row in rows], args.results / "ablation-parity.csv")
             return parity.report(rows)
         else:

@@ -174,9 +174,11 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
+        out: Tensor = self.relu(self.body(x) + self.shortcut(x))
+        return out
 
 
 class _Losses(NamedTuple):
