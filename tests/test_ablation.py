@@ -117,24 +117,28 @@ def test_objectives_train_what_they_say(training: ModuleType, folder: Path) -> N
 def test_batches_are_cut_from_the_images(training: ModuleType) -> None:
     """Image and labels stay together through scale, crop and flip, which follow from seed and epoch."""
     y, x = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
-    labels = (x // 5).to(torch.uint8)[None].repeat(4, 1, 1)  # stripes, each image with brightness that tells the column
-    images = (5 * x).to(torch.uint8).expand(4, 3, 32, 48)
+    labels = (10 * (y // 5) + x // 5).to(torch.uint8).repeat(4, 1, 1)  # squares, and colours that tell column and row
+    images = torch.stack([5 * x, 5 * y, 0 * x]).to(torch.uint8).repeat(4, 1, 1, 1)
     split = training.Split(images, labels)
     preset = tiny(training)._replace(crop=(24, 36), batch=4)
-    flips = set()
+    flips, middles = set(), []
     for epoch in range(6):
         got, target = next(training.batches(split, preset, 0, epoch))
         assert got.shape == (4, 3, 24, 36) and target.shape == (4, 24, 36) and target.dtype == torch.uint8
-        column = (got[:, 0] * 64 + 127.5) / 5
-        # `nearest` is at most half a pixel from where `bilinear` looks, and a stripe five pixels wide.
-        assert ((column - (5 * target.float() + 2)).abs() <= 3.01).all()
-        for one in column:
-            slope = (one[:, -1] - one[:, 0]).mean().item() / 35
-            flips.add(slope > 0)
-            assert 1 / training.SCALES[1] - 0.1 <= abs(slope) <= 1 / training.SCALES[0] + 0.1
+        column, row = ((got[:, c] * 64 + 127.5) / 5 for c in (0, 1))
+        # `nearest` is at most half a pixel from where `bilinear` looks, and a square five pixels wide.
+        assert ((column - (5 * (target % 10).float() + 2)).abs() <= 2.51).all()
+        assert ((row - (5 * (target // 10).float() + 2)).abs() <= 2.51).all()
+        across = (column[:, :, -1] - column[:, :, 0]).mean(1) / 35
+        down = (row[:, -1] - row[:, 0]).mean(1) / 23
+        flips |= {slope > 0 for slope in across.tolist()}
+        for slope in (across.abs(), down):
+            assert ((1 / training.SCALES[1] - 0.1 <= slope) & (slope <= 1 / training.SCALES[0] + 0.1)).all()
+        middles.append(torch.stack([column.mean((1, 2)), row.mean((1, 2))]))
         again = next(training.batches(split, preset, 0, epoch))[0]
         assert torch.equal(got, again)
     assert flips == {True, False}
+    assert (torch.cat(middles, 1).amax(1) - torch.cat(middles, 1).amin(1) > torch.tensor([8, 5])).all()  # cut anywhere
     for seed, epoch in ((0, 4), (1, 5)):
         other = next(training.batches(split, preset, seed, epoch))[0]
         assert not torch.equal(got, other)
