@@ -70,7 +70,7 @@ class MultiExit(nn.Module):
 
     An exit is a 1x1 conv to `feature_channels`, whose result is the exit's feature map, and a head on that map. (The
     heads stand on the projections, not beside them, so that the projections learn to be useful even where they teach,
-    and have a gradient in every step, SR-F or not: for the exits, DDP needs no `find_unused_parameters`.)
+    and have a gradient in every step, SR-F or not: in training DDP finds no exit unused.)
 
     In evaluation mode the model is the network: same output, no exit computed; :meth:`all_exits` computes them there,
     too. :meth:`unwrap` removes all traces. `state_dict` has the network's keys after "network."; `load_state_dict`
@@ -102,6 +102,12 @@ class MultiExit(nn.Module):
         TypeError, ValueError: no such module (similar names are given), a stage that is not called, called twice or out
             of order, or whose output is changed in place later; outputs in which there is no map, or no logits of
             `num_classes` channels.
+
+    With several processes, wrap the model (not the network), in training call the wrapper, and give the loss its
+    `process_group`. DDP wants a gradient for every parameter in every step: where there is none, freeze it with
+    `requires_grad_(False)` or pass `find_unused_parameters=True`. That is so for what a network has after its last
+    stage (`own_output=False`), for the image-level layers if the loss does not get `image_logits`, and for all exits if
+    the model is trained in evaluation mode.
 
     A second forward pass of the model while one is running (nn.DataParallel; DDP is fine) and reentrant checkpoints
     around a stage (`use_reentrant=False` is fine) are errors that say so.

@@ -8,6 +8,7 @@ import pickle
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -456,6 +457,26 @@ def test_distributed_data_parallel(process_group: None) -> None:
     for name, g in _gradients(parallel.module).items():
         assert_close(g, expected.pop(name), 1e-6)
     assert not expected
+
+
+@pytest.mark.parametrize("unused", ["a backbone's end", "image-level layers", "exits in evaluation mode"])
+def test_parameters_that_ddp_finds_unused(process_group: None, unused: str) -> None:
+    """What the docstring says of them: an error in the second step, and none once they are frozen."""
+    options = {"own_output": unused != "a backbone's end", "image_level": unused == "image-level layers"}
+    for freeze in (False, True):
+        model = _model(**options)
+        part = {"a backbone's end": model.network.classifier, "image-level layers": model.image_level}
+        if freeze:
+            part.get(unused, model.exits).requires_grad_(False)
+        parallel = DistributedDataParallel(model.train(unused != "exits in evaluation mode"))
+
+        def step() -> None:
+            out = parallel(_images())  # noqa: B023
+            (out.sum() if isinstance(out, Tensor) else _loss(out._replace(image_logits=None))).backward()
+
+        step()
+        with nullcontext() if freeze else pytest.raises(RuntimeError, match="parameters that were not used"):
+            step()
 
 
 @pytest.mark.parametrize("how", ["model", "model and loss", "network in place"])

@@ -243,7 +243,7 @@ def test_a_wrong_process_group_is_named(library: Any) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_ranks(device: str, tmp_path: Path) -> None:
-    """The example, then the checks of two_ranks.py: DDP, FSDP2, a rank without labels, compiled, groups."""
+    """The example, then the checks of two_ranks.py: DDP, FSDP2, a rank without labels, compiled, groups, MultiExit."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"{torch.cuda.device_count()} CUDA devices here, one for each rank needed")
     script = TESTS / "two_ranks.py"
@@ -264,4 +264,4 @@ def test_two_ranks(device: str, tmp_path: Path) -> None:
     first, *_, last = (float(line.rpartition(" ")[2]) for line in lines if "MEA" in line)
     assert last < 0.8 * first, "the example has learned nothing"
     asked = [line.partition("(")[0][10:] for line in script.read_text().splitlines() if line.startswith("def check_")]
-    assert [line[3:] for line in lines if line.startswith("ok ")] == asked and len(asked) == 6
+    assert [line[3:] for line in lines if line.startswith("ok ")] == asked and len(asked) == 7

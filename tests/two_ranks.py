@@ -21,6 +21,7 @@ from support import Network, assert_close, generator, make_class_weight, make_la
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import selfreg_fast as srf
 from selfreg_fast import passes, reference
@@ -96,8 +97,12 @@ def together(
     return [value / dist.get_world_size(), *(p.grad for p in network.parameters())]
 
 
+def data_parallel(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, device_ids=[DEVICE] if DEVICE.type == "cuda" else None)
+
+
 def parallel() -> nn.Module:
-    return DistributedDataParallel(copy.deepcopy(NETWORK), device_ids=[DEVICE] if DEVICE.type == "cuda" else None)
+    return data_parallel(copy.deepcopy(NETWORK))
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
@@ -194,6 +199,66 @@ def check_fsdp() -> None:
     torch.optim.SGD(network.parameters(), lr=0.5).step()
     stepped = [p.detach() - 0.5 * g for p, g in zip(NETWORK.parameters(), expected[1:], strict=True)]
     assert_same([p.detach().full_tensor() for p in network.parameters()], stepped, "FSDP2, after a step")
+
+
+class Staged(nn.Module):
+    """The network up to its last exit, of which MultiExit is to make exits again; stages recomputed if `recompute`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = copy.deepcopy(NETWORK)
+        self.stages = nn.ModuleList(nn.Sequential(stage, nn.SiLU()) for stage in network.stages)
+        self.classifier = network.heads[-1]
+        self.recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = checkpoint(stage, x, use_reentrant=False) if self.recompute else stage(x)
+        return self.classifier(x)
+
+
+def check_multi_exit() -> None:
+    """In DDP as it is, compiled or with recomputed stages, and in FSDP2: several steps, validation in between."""
+    torch.manual_seed(1)
+    names = ("stages.0", "stages.1", "stages.2")
+    exits = {"feature_channels": 6, "head": lambda channels, classes: nn.Conv2d(channels, classes, 1)}
+    model = srf.MultiExit(Staged(), names, 5, IMAGES[:1], image_level=True, **exits)
+
+    def gradient(wrapped: nn.Module, labels: Tensor, part: slice, sr: bool, **options: Any) -> list[Tensor]:
+        """[loss, gradients of the parameters], by the same step of any model."""
+        out = wrapped(IMAGES[part])
+        criterion = srf.SelfRegulationLoss(temperature=2.0, class_weight=CLASS_WEIGHT, **options).enable_sr(sr)
+        total = criterion(out.logits, labels[part], features=out.features, image_logits=out.image_logits).total
+        total.backward()
+        return [total.detach(), *(p.grad for p in wrapped.parameters())]
+
+    nothing = LABELS.index_fill(0, torch.tensor([0], device=DEVICE), 255)
+    steps = [(LABELS, False), (LABELS, True), (nothing, True), (nothing, False)]
+    whole = slice(None)
+    expected = [gradient(copy.deepcopy(model), labels, whole, sr, backend="reference") for labels, sr in steps]
+    evaluated = copy.deepcopy(model).eval()(IMAGES)
+
+    recomputed = copy.deepcopy(model)
+    recomputed.network.recompute = True
+    sharded, mesh = copy.deepcopy(model), dist.init_device_mesh(DEVICE.type, (2,))
+    for module in (*sharded.network.stages, *sharded.exits, sharded):
+        fully_shard(module, mesh=mesh)
+    for what, wrapped in {
+        "DDP": data_parallel(copy.deepcopy(model)),
+        "DDP, recomputed": data_parallel(recomputed),
+        "DDP, compiled": data_parallel(torch.compile(copy.deepcopy(model), backend="aot_eager")),
+        "FSDP2": sharded,
+    }.items():
+        optimizer = torch.optim.SGD(wrapped.parameters())
+        for (labels, sr), exact in zip(steps, expected, strict=True):
+            optimizer.zero_grad()
+            loss, *grads = gradient(wrapped, labels, MINE, sr, process_group="world")
+            dist.all_reduce(loss)
+            grads = [g.full_tensor() if wrapped is sharded else g for g in grads]
+            assert_same([loss / 2, *grads], exact, f"{what}, SR {sr}")
+            with torch.no_grad():
+                assert_close(wrapped.eval()(IMAGES), evaluated, 1e-12, what=f"{what}, evaluated")
+            wrapped.train()
 
 
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
