@@ -45,7 +45,7 @@ def setting(parity: ModuleType) -> tuple[Any, Any]:
     images = colours + torch.randint(20, (8, 3, 32, 40), generator=rng, dtype=torch.uint8)
     split = training.Split(images, labels)
     data = training.Data(split, split, torch.linspace(0.5, 2, 11))
-    return data, parity.PRESET._replace(network=Tiny, crop=(24, 32), batch=4, learning_rate=0.02)
+    return data, parity.PRESET._replace(network=Tiny, crop=(24, 32), batch=4, learning_rate=0.01)
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -56,12 +56,12 @@ def test_curves_agree(parity: ModuleType, name: str) -> None:
     precision = parity.PRECISIONS[PRECISIONS.index(name)]._replace(orders=3)
     (row,) = parity.compare(data, "auto", STEPS, preset, [precision])
     print(row)
-    assert row["last_mea"] < 0.98 * row["first_mea"], "nothing was learned"
+    assert row["last_mea"] < 0.99 * row["first_mea"], "nothing was learned"
     assert all(row[f"{when}_{part}"] > 0 for when in ("first", "last") for part in parity.PARTS)
     if name.startswith("fp64"):
         assert parity.agrees(row), row
     else:
-        assert 0 < row["most_between_references"] < parity.SMALL * row["last_total"], row
+        assert 0 < row["most_between_references"] < precision.small * row["last_total"], row
         assert row["fused_to_references"] <= 2 * row["most_between_references"], row
 
 
