@@ -198,7 +198,7 @@ def parity(path: Path, root: Path) -> str:
     return "\n\n".join(
         [
             f"{_about(rows, root, path)} Curves of the losses over {rows[0]['steps']:g} steps of the small network "
-            "from one seed, all terms on, at a low learning rate and with SiLU for ReLU, so that rounding does not grow "
+            "from one seed, all terms on, at a low learning rate and with SiLU for ReLU, so that no rounding grows "
             f"(MEA falls from {rows[0]['first_mea']:.1f} to {rows[0]['last_mea']:.1f}): largest difference in any "
             "step, of the total, MEA, SR-F or SR-L. The reference's own runs differ in the order of the images within "
             "their batches only.",
