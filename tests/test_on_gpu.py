@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -130,6 +131,48 @@ def test_graph_capture_and_replay(backend: Backend, layout: str, dtype: torch.dt
         graph.replay()
         torch.cuda.synchronize()
         _assert_same(captured, _step(backend, leaves(fresh), labels, factor))
+
+
+def test_a_captured_training_step(backend: Backend) -> None:
+    """Network, loss and update in one graph, replayed on other images: the parameters of the same steps without it."""
+    torch.manual_seed(0)
+    networks = [Network().double().cuda()]
+    networks.append(copy.deepcopy(networks[0]))
+    criterion = srf.SelfRegulationLoss(temperature=2.0, backend=backend.name)
+    batches = [torch.randn(2, 3, 16, 24, dtype=torch.float64, device="cuda") for _ in range(5)]
+    targets = [make_labels((2, 16, 24), 5, device="cuda", seed=seed) for seed in range(5)]
+    images, labels = batches[0].clone(), targets[0].clone()
+
+    def trained(network: Network) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            criterion(network(images), labels).total.backward()
+            optimizer.step()
+
+        return step
+
+    eager, step = map(trained, networks)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which runs nothing
+        step()
+    for _ in range(3):
+        eager()
+    for new_images, new_labels in zip(batches, targets, strict=True):
+        images.copy_(new_images)
+        labels.copy_(new_labels)
+        graph.replay()
+        eager()
+    torch.cuda.synchronize()
+    for a, e in zip(networks[1].parameters(), networks[0].parameters(), strict=True):
+        assert_close(a.detach(), e.detach(), 1e-9)
 
 
 @dtypes
