@@ -82,6 +82,9 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
     assert whole == parts and len(whole) == 4 * preset.epochs // preset.every
 
     assert not training.train(training.Run("MEA", 0), preset, data, tmp_path / "late", deadline=time.monotonic() - 1)
+    epochs: list[str] = []
+    assert training.train(training.Run("MEA", 0, epochs=2), preset, data, tmp_path / "short", advance=epochs.append)
+    assert len(epochs) == 2
     with pytest.raises(ValueError, match="was written by"):
         training.train(run, preset._replace(batch=3), data, tmp_path / "whole")
 
@@ -112,6 +115,8 @@ def test_objectives_train_what_they_say(training: ModuleType, folder: Path) -> N
     assert learners("MEA + SR-F", features) == learners(training.ALL, features) == deeper
     assert learners(training.ALL, features, sr=False) == [False] * 4
     assert learners(training.ALL, features, sr_f_on="logits") == [False] * 4
+    published = training.Run(training.ALL, 0, published=True).criterion(data.class_weight)
+    assert published.image_level_sr_l and published.options["target"] == "argmax"
 
 
 def test_batches_are_cut_from_the_images(training: ModuleType) -> None:
@@ -235,6 +240,7 @@ def test_search_settings_have_files_of_their_own(program: ModuleType, training: 
     assert len(runs) == 3 * (5 + len(program.SEARCH))
     assert len({run.name for run in runs}) == len(runs)
     assert training.Run("MEA", 0, temperature=2.0, sr_f_on="logits").settings == "τ = 2, SR-F on logits"
+    assert training.Run("MEA", 0, epochs=60).settings == "60 epochs"
 
 
 def test_step_is_measured(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

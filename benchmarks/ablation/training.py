@@ -97,7 +97,7 @@ PRESETS = {
 
 
 class Run(NamedTuple):
-    """What one training is: an objective and a seed, and the settings of the SR terms."""
+    """What one training is: an objective and a seed, the settings of the SR terms, the epochs."""
 
     objective: str
     seed: int
@@ -106,7 +106,9 @@ class Run(NamedTuple):
     sr_f_weight: float = 1.0
     sr_l_weight: float = 1.0
     sr_f_on: str = "features"  # or "logits"
+    published: bool = False  # targets and SR-L of the published code
     warmup: float = 0.5  # part of the epochs without SR terms
+    epochs: int | None = None  # None: the preset's
 
     @property
     def settings(self) -> str:
@@ -117,7 +119,9 @@ class Run(NamedTuple):
             "sr_f_weight": f"SR-F × {self.sr_f_weight:g}",
             "sr_l_weight": f"SR-L × {self.sr_l_weight:g}",
             "sr_f_on": f"SR-F on {self.sr_f_on}",
+            "published": "as published",
             "warmup": f"warm-up {100 * self.warmup:g} %",
+            "epochs": f"{self.epochs} epochs",
         }
         return ", ".join(text for field, text in words.items() if getattr(self, field) != self._field_defaults[field])
 
@@ -129,7 +133,8 @@ class Run(NamedTuple):
 
     def criterion(self, class_weight: Tensor, backend: str = "auto") -> SelfRegulationLoss:
         options = {"sr_f_weight": self.sr_f_weight, "sr_l_weight": self.sr_l_weight, **OBJECTIVES[self.objective]}
-        return SelfRegulationLoss(
+        variant = SelfRegulationLoss.published if self.published else SelfRegulationLoss
+        return variant(
             temperature=self.temperature,
             renormalize=self.renormalize,
             ignore_index=VOID,
@@ -281,6 +286,7 @@ def train(
         ValueError: the checkpoint is that of another preset.
     """
     device = data.class_weight.device
+    preset = preset._replace(epochs=run.epochs or preset.epochs)
     torch.manual_seed(run.seed)
     model = preset.network(len(CLASSES)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), preset.learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
