@@ -82,9 +82,19 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
     assert whole == parts and len(whole) == 4 * preset.epochs // preset.every
 
     assert not training.train(training.Run("MEA", 0), preset, data, tmp_path / "late", deadline=time.monotonic() - 1)
+    # Another of the same seed begins where the warm-up ends, and is what it is alone.
     epochs: list[str] = []
-    assert training.train(training.Run("MEA", 0, epochs=2), preset, data, tmp_path / "short", advance=epochs.append)
-    assert len(epochs) == 2
+    runs = training.Run("MEA", 3), training.Run("MEA", 3, epochs=2)
+    for other, left in zip(runs, (2, 2), strict=True):
+        epochs.clear()
+        assert training.train(other, preset, data, tmp_path / "whole", advance=epochs.append)
+        assert len(epochs) == left
+    assert training.train(runs[0], preset, data, tmp_path / "alone")
+    figures = []
+    for part in ("whole", "alone"):
+        with (tmp_path / part / f"{runs[0].name}.csv").open(newline="") as file:
+            figures.append([{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)])
+    assert figures[0] == figures[1]
     with pytest.raises(ValueError, match="was written by"):
         training.train(run, preset._replace(batch=3), data, tmp_path / "whole")
 

@@ -32,13 +32,14 @@ SEARCH = [
     Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1),
     Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, sr_f_on="logits"),
     Run(ALL, 0, sr_f_on="logits", published=True),
-    Run("MEA", 0, epochs=60),
-    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, epochs=60),
     Run("MEA + SR-F", 0, sr_f_weight=0.1),
     Run("MEA + SR-L", 0, sr_l_weight=0.1),
+    Run("MEA", 0, epochs=60),
+    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, epochs=60),
     Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, temperature=2.0, renormalize=True),
-    Run(ALL, 0, warmup=0.75),
+    Run(ALL, 0, epochs=60),
     Run(ALL, 0, sr_f_weight=0.03, sr_l_weight=0.03),
+    Run(ALL, 0, warmup=0.75),
     Run(ALL, 0, temperature=4.0),
 ]
 TASKS = {
@@ -106,7 +107,7 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
     runs = planned(args)
     todo = [run for run in runs if not (folder / f"{run.name}.csv").exists()]
     data = load(args.data, preset, device)
-    left = 0
+    left = done = 0
     with tqdm(total=sum(run.epochs or preset.epochs for run in todo), unit="epoch") as bar:
         for run in todo:
             bar.set_description(run.name)
@@ -116,6 +117,7 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
                 bar.update()
 
             left += not train(run, preset, data, folder, args.backend, common, end, advance)
+            bar.n = done = done + (run.epochs or preset.epochs)  # with those of an earlier call, or of another run
     rows = collected(folder)
     if rows:
         path = args.results / f"ablation-{preset.name}.csv"
