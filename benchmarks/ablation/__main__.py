@@ -22,7 +22,7 @@ from selfreg_fast.backends import choose
 from selfreg_fast.commands.bench import setting
 from selfreg_fast.commands.data import DataError
 
-from . import parity, pictures, step
+from . import memory, parity, pictures, step
 from .training import ALL, OBJECTIVES, PRESETS, Preset, Run, load, train, write
 
 SEEDS = (0, 1, 2)
@@ -47,13 +47,14 @@ TASKS = {
     "search": "other weights and targets of the SR terms, SR-F on logits, more epochs",
     "parity": "whether fused and reference losses give the same curves",
     "step": "time and memory of a training step, fused and reference; on a GPU also the largest batch",
+    "memory": "of a step, on the CPU, by the number of pixels: what would fit into a GPU",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(arguments)
-    if args.data is None and args.task != "step":
+    if args.data is None and args.task not in ("step", "memory"):
         options.error("--data DIR is needed")
     args.results = args.results or args.out
     device = torch.device(args.device)
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.task == "step":
             write(step.measure(device, args.backend, common), args.results / "ablation-step.csv")
+        elif args.task == "memory":
+            write(memory.measure(args.backend, common), args.results / "ablation-memory.csv")
         elif args.task == "parity":
             rows = parity.compare(load(args.data, PRESETS["quick"], device), args.backend, args.steps)
             write([{**common, **row} for row in rows], args.results / "ablation-parity.csv")
