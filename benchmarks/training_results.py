@@ -267,9 +267,10 @@ def memory(path: Path, root: Path) -> str:
             f"{_about(rows, root, path)} **The largest batch, reference → fused, computed from memory measured on a "
             f"CPU**: a straight line through the peaks of {rows[0]['precision']} at several batches and sizes (off by "
             f"at most {100 * off['at most']:.1f} %, the fused loss alone by {100 * off['fused']:.0f} %), divided into "
-            "the memory. A GPU also keeps CUDA itself, cuDNN's workspaces and gaps; bf16 autocast needs less. As "
-            "memory follows the pixels, n images are one of √n times the side. The loss alone: MEA + SR-F + SR-L of "
-            "five exits of an eighth, on top of these, the reference being the formulas as written.",
+            "the memory. A GPU also holds CUDA itself, cuDNN's workspaces and gaps, and bf16 autocast, not measured "
+            "here, differs. As memory follows the pixels, n images take what one of √n times the side does. The "
+            "loss alone: MEA + SR-F + SR-L of five exits of an eighth, on top of these, the reference being the "
+            "formulas as written. Beyond one GPU, torch.distributed is the next step: [several GPUs](#several-gpus).",
             table(headings, lines),
         ]
     )
