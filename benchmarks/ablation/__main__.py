@@ -40,6 +40,8 @@ SEARCH = [
     Run(ALL, 0, epochs=60),
     Run(ALL, 0, sr_f_weight=0.03, sr_l_weight=0.03),
     Run(ALL, 0, warmup=0.75),
+    Run(ALL, 0, sr_f_on="logits"),
+    Run(ALL, 0, temperature=2.0, renormalize=True),
     Run(ALL, 0, temperature=4.0),
 ]
 TASKS = {
