@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ THIN = CLASSES[-4:]
 BASELINE = OBJECTIVES[0]  # its other exits are not trained
 BEFORE_SR = "MEA"  # what the SR terms are added to
 EXITS = range(4)
-WITHOUT_FIGURE = ("ablation-parity", "ablation-step")
+WITHOUT_FIGURE = ("ablation-parity", "ablation-step", "ablation-memory")
+MEMORIES = (8, 16, 24, 40, 80, 141)  # GiB of GPUs, for which the largest batch is computed
 
 
 def is_one(path: Path) -> bool:
@@ -27,7 +29,8 @@ def is_one(path: Path) -> bool:
 def section(root: Path) -> str:
     """What stands between the README's markers."""
     parts = []
-    for name, described in (("full", ablation), ("quick", ablation), ("parity", parity), ("step", step)):
+    tables = {"full": ablation, "quick": ablation, "parity": parity, "step": step, "memory": memory}
+    for name, described in tables.items():
         path = root / "benchmarks" / "results" / f"ablation-{name}.csv"
         if path.exists():
             parts.append(described(path, root))
@@ -67,8 +70,12 @@ def ablation(path: Path, root: Path) -> str:
         _by_class(main),
     ]
     parts += _pictures(path, root)
-    if others := [row for row in rows if row["settings"] is not None]:
-        parts += ["Other settings of the SR terms, with the whole objective:", _search(main, others)]
+    if len(rows) > len(main):
+        parts += [
+            "What was tried so that the SR terms help; without a name it is the whole objective, without epochs "
+            f"{main[0]['epochs']:g}. Δ: less {BEFORE_SR} alone of the same seed and epochs, mean ± standard deviation.",
+            _search(rows),
+        ]
     return "\n\n".join(parts)
 
 
@@ -80,7 +87,7 @@ def _by_exit(rows: Sequence[Row]) -> str:
         cells = [_spread(row["miou"] for row in own if row["exit"] == i) for i in EXITS]
         cells.append(_spread(row["thin_miou"] for row in own if row["exit"] == EXITS[-1]))
         before = [row for row in rows if row["objective"] == BEFORE_SR]
-        cells.append("" if objective == BEFORE_SR else _difference(own, before))
+        cells.append("" if objective == BEFORE_SR else _spread(_paired(own, before, "miou", EXITS[-1]), sign="+"))
         lines.append([objective, *cells])
     return table(headings, lines)
 
@@ -88,38 +95,35 @@ def _by_exit(rows: Sequence[Row]) -> str:
 def _by_class(rows: Sequence[Row]) -> str:
     deepest = [row for row in rows if row["exit"] == EXITS[-1]]
     lines = []
-    for name in CLASSES:
-        cells = [_spread((r[name] for r in deepest if r["objective"] == o), digits=0) for o in OBJECTIVES]
-        lines.append([name, *cells])
-    return table(["class", *OBJECTIVES], lines)
+    for objective in OBJECTIVES:
+        own = [row for row in deepest if row["objective"] == objective]
+        lines.append([objective, *(_spread((row[name] for row in own), digits=0) for name in CLASSES)])
+    return table(["objective", *CLASSES], lines)
 
 
-def _search(main: Sequence[Row], others: Sequence[Row]) -> str:
-    """Each setting beside the runs of the same seeds with the default ones, and with MEA alone."""
-    seeds = {row["seed"] for row in others}
-    whole = [row for row in main if row["seed"] in seeds and row["objective"] == OBJECTIVES[-1]]
-    before = [row for row in main if row["seed"] in seeds and row["objective"] == BEFORE_SR]
-    runs = {"the defaults": whole}
-    for row in others:
-        runs.setdefault(row["settings"], []).append(row)
-    lines = [
-        [
-            settings,
-            f"{len({row['seed'] for row in own})}",
-            *(_spread(row["miou"] for row in own if row["exit"] == i) for i in EXITS),
-            _spread(row["thin_miou"] for row in own if row["exit"] == EXITS[-1]),
-            _difference(own, before),
-        ]
-        for settings, own in runs.items()
-    ]
-    headings = ["settings", "seeds", *(f"exit {i}" for i in EXITS), "thin classes, exit 3", "exit 3, less MEA"]
-    return table(headings, lines)
+def _search(rows: Sequence[Row]) -> str:
+    """Each setting less MEA alone of the same seeds and epochs, the best first."""
+    runs: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        whole, settings = row["objective"] == OBJECTIVES[-1], row["settings"]
+        if whole or settings is not None:
+            name = (settings or "weights 1, τ = 1") if whole else f"{row['objective']}: {settings}"
+            runs.setdefault((row["epochs"], name), []).append(row)
+    lines = []
+    for (epochs, name), own in runs.items():
+        before = [row for row in rows if row["objective"] == BEFORE_SR and row["epochs"] == epochs]
+        less = [_paired(own, before, "miou", i) for i in EXITS] + [_paired(own, before, "thin_miou", EXITS[-1])]
+        own_miou = [row["miou"] for row in own if row["exit"] == EXITS[-1]]
+        cells = ["" if own[0]["objective"] == BEFORE_SR else _spread(values, sign="+") for values in less]
+        lines.append((epochs, -statistics.mean(less[-2]), [name, f"{len(own_miou)}", _spread(own_miou), *cells]))
+    headings = ["setting", "seeds", "exit 3", *(f"Δ exit {i}" for i in EXITS), "Δ thin classes, exit 3"]
+    return table(headings, (cells for *_, cells in sorted(lines)))
 
 
-def _difference(own: Sequence[Row], before: Sequence[Row]) -> str:
-    """Of the deepest exit's mIoU, seed by seed."""
-    deepest = [{r["seed"]: r["miou"] for r in rows if r["exit"] == EXITS[-1]} for rows in (own, before)]
-    return _spread((deepest[0][seed] - deepest[1][seed] for seed in deepest[0] if seed in deepest[1]), sign="+")
+def _paired(own: Sequence[Row], before: Sequence[Row], key: str, exit: int) -> list[float]:
+    """Differences, seed by seed."""
+    theirs = {row["seed"]: row[key] for row in before if row["exit"] == exit}
+    return [row[key] - theirs[row["seed"]] for row in own if row["exit"] == exit and row["seed"] in theirs]
 
 
 def _spread(values: Iterable[float], digits: int = 1, sign: str = "") -> str:
@@ -249,6 +253,55 @@ def step(path: Path, root: Path) -> str:
             table(["network", "memory", "reference", "fused"], limits.values()),
         ]
     return "\n\n".join(parts)
+
+
+def memory(path: Path, root: Path) -> str:
+    """What would fit, by straight lines through the measured peaks; no step's where a GPU's own are recorded."""
+    rows, measured = read(path), path.with_name("ablation-step.csv")
+    if measured.exists() and any(row["memory_gib"] for row in read(measured)):
+        rows = [row for row in rows if not row["held_bytes"]]
+    runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        runs.setdefault((row["what"], row["image"]), {}).setdefault(row["peer"], []).append(row)
+    lines, off = [], {"at most": 0.0, "fused": 0.0}
+    for (what, image), peers in runs.items():
+        fits = {peer: _line(own) for peer, own in peers.items()}
+        for peer, (_, _, residual) in fits.items():
+            key = "fused" if peer == "fused" and "loss" in what else "at most"
+            off[key] = max(off[key], residual)
+        plain = "reference" if "reference" in fits else "as written"
+        each = {peer: slope * _pixels(image) for peer, (slope, _, _) in fits.items()}
+        cells = [f"{each[peer] / 2**20:,.0f} MiB" if peer in each else "" for peer in (plain, "tuned", "fused")]
+        for gib in MEMORIES:
+            most = {peer: int((gib * 2**30 - fits[peer][1]) / each[peer]) for peer in (plain, "fused")}
+            cells.append(f"{most[plain]:,} → **{most['fused']:,}**")
+        lines.append([f"{what}, {image.replace('x', '·')}", *cells])
+    headings = ["images of a size", "each: reference", "tuned", "fused", *(f"{gib} GiB" for gib in MEMORIES)]
+    return "\n\n".join(
+        [
+            f"{_about(rows, root, path)} **The largest batch, reference → fused, computed from memory measured on a "
+            f"CPU**: a straight line through the peaks of {rows[0]['precision']} at several batches and sizes (off by "
+            f"at most {100 * off['at most']:.1f} %, the fused loss alone by {100 * off['fused']:.0f} %), divided into "
+            "the memory. A GPU also holds CUDA itself, cuDNN's workspaces and gaps, and bf16 autocast, not measured "
+            "here, differs. As memory follows the pixels, n images take what one of √n times the side does. The "
+            "loss alone: MEA + SR-F + SR-L of five exits of an eighth, on top of these, the reference being the "
+            "formulas as written. Beyond one GPU, torch.distributed is the next step: [several GPUs](#several-gpus).",
+            table(headings, lines),
+        ]
+    )
+
+
+def _line(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Bytes by output pixels: slope, intercept, and the largest part of a measurement by which it is off."""
+    pixels = [row["batch"] * _pixels(row["size"]) for row in rows]
+    taken = [row["held_bytes"] + row["peak_bytes"] for row in rows]
+    slope, intercept = statistics.linear_regression(pixels, taken)
+    off = max(abs(slope * x + intercept - y) / y for x, y in zip(pixels, taken, strict=True))
+    return slope, intercept, off
+
+
+def _pixels(size: str) -> int:
+    return math.prod(map(int, size.split("x")))
 
 
 def _batch(row: Row) -> str:

@@ -82,6 +82,19 @@ def test_resumed_is_uninterrupted(training: ModuleType, folder: Path, tmp_path: 
     assert whole == parts and len(whole) == 4 * preset.epochs // preset.every
 
     assert not training.train(training.Run("MEA", 0), preset, data, tmp_path / "late", deadline=time.monotonic() - 1)
+    # Another of the same seed begins where the warm-up ends, and is what it is alone.
+    epochs: list[str] = []
+    runs = training.Run("MEA", 3), training.Run("MEA", 3, epochs=2)
+    for other, left in zip(runs, (2, 2), strict=True):
+        epochs.clear()
+        assert training.train(other, preset, data, tmp_path / "whole", advance=epochs.append)
+        assert len(epochs) == left
+    assert training.train(runs[0], preset, data, tmp_path / "alone")
+    figures = []
+    for part in ("whole", "alone"):
+        with (tmp_path / part / f"{runs[0].name}.csv").open(newline="") as file:
+            figures.append([{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)])
+    assert figures[0] == figures[1]
     with pytest.raises(ValueError, match="was written by"):
         training.train(run, preset._replace(batch=3), data, tmp_path / "whole")
 
@@ -112,6 +125,8 @@ def test_objectives_train_what_they_say(training: ModuleType, folder: Path) -> N
     assert learners("MEA + SR-F", features) == learners(training.ALL, features) == deeper
     assert learners(training.ALL, features, sr=False) == [False] * 4
     assert learners(training.ALL, features, sr_f_on="logits") == [False] * 4
+    published = training.Run(training.ALL, 0, published=True).criterion(data.class_weight)
+    assert published.image_level_sr_l and published.options["target"] == "argmax"
 
 
 def test_batches_are_cut_from_the_images(training: ModuleType) -> None:
@@ -232,6 +247,73 @@ def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None
     assert results.draw(folder / "ablation-step.csv", folder) == []
 
 
+def test_differences_are_of_a_seed_and_its_epochs(training: ModuleType) -> None:
+    """The search's table, of made-up runs: MEA of the same seed and as many epochs is subtracted, the best first."""
+    results = importlib.import_module("training_results")
+
+    def runs(objective: str, settings: str | None, epochs: int, *mious: float) -> list[dict[str, object]]:
+        common = {"objective": objective, "settings": settings, "epochs": epochs, "thin_miou": 0.5}
+        return [{**common, "seed": n, "exit": e, "miou": m + e / 10} for n, m in enumerate(mious) for e in range(4)]
+
+    rows = runs("MEA", None, 20, 0.1, 0.2, 0.3) + runs("MEA", "60 epochs", 60, 0.4)
+    rows += runs(training.ALL, "60 epochs", 60, 0.45) + runs("MEA + SR-L", "x", 20, 0.11, 0.23)
+    rows += runs(training.ALL, None, 20, 0.09)
+    assert results._search(rows).splitlines()[2:] == [
+        "| MEA + SR-L: x | 2 | 47.0 ± 8.5 |" + " +2.0 ± 1.4 |" * 4 + " +0.0 ± 0.0 |",
+        "| weights 1, τ = 1 | 1 | 39.0 |" + " -1.0 |" * 4 + " +0.0 |",
+        "| 60 epochs | 1 | 75.0 |" + " +5.0 |" * 4 + " +0.0 |",
+        "| MEA: 60 epochs | 1 | 70.0 |" + "  |" * 5,
+    ]
+
+
+def test_what_fits_follows_from_lines(training: ModuleType, tmp_path: Path) -> None:
+    """The table of memory, of made-up peaks on a line; a GPU's own search takes the place of the steps in it."""
+    results = importlib.import_module("training_results")
+    setting = {"device": "A device", "threads": "1", "torch": "2.13", "commit": "abc", "precision": "fp32"}
+    rows = [
+        {**setting, "what": what, "image": "64x64", "batch": n, "size": f"{side}x64", "peer": peer}
+        | {"held_bytes": held, "peak_bytes": 2**26 + n * side * 64 * 2**10 * factor - held}
+        for what, peers, held in (("step", ("reference", "fused"), 2**20), ("loss", ("as written", "fused"), 0))
+        for factor, peer in zip((64, 1), peers, strict=True)
+        for n, side in ((1, 64), (3, 64), (1, 128))
+    ]
+    path = tmp_path / "ablation-memory.csv"
+    training.write(rows, path)
+    text = results.memory(path, tmp_path)
+    # An image takes 4 MiB and 64 times as much: (8192 - 64) MiB hold 2032 and 31 of them.
+    assert "| step, 64·64 | 256 MiB |  | 4 MiB | 31 → **2,032** |" in text and "| loss, 64·64 | 256 MiB |" in text
+    assert "at most 0.0 %" in text
+    training.write([{"memory_gib": 80}], tmp_path / "ablation-step.csv")
+    text = results.memory(path, tmp_path)
+    assert "| step" not in text and "| loss, 64·64 | 256 MiB |" in text
+
+
+def test_memory_is_measured_by_pixels(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for every peer; between steps there are the images, beside what does not grow. Peaks are not measured."""
+    memory = importlib.import_module("ablation.memory")
+
+    def peaks(function: object, case: tuple[object, ...], peers: list[str]) -> object:
+        return [7] if function is memory.peaks_on_cpu else dict.fromkeys(peers, case.shape[2])  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(memory, "in_fresh_process", peaks)
+    monkeypatch.setattr(memory, "STEPS", [(1, (16, 16)), (2, (16, 16))])
+    monkeypatch.setattr(memory, "LOSSES", [(3, (32, 64))])
+    rows = memory.measure("reference", {"device": "here"})
+    steps, losses = rows[:8], rows[8:]
+    assert [row["peer"] for row in steps] == ["fused", "reference"] * 4
+    assert {row["device"] for row in rows} == {"here"} and {row["peak_bytes"] for row in steps} == {7}
+    held = [row["held_bytes"] for row in steps]
+    weights = sum(p.numel() for p in training.FullNetwork(11).parameters())
+    assert held[0] > 2 * 4 * weights and held[2] - held[0] == held[6] - held[4] == 16 * 16 * (3 * 4 + 1)
+    assert [row["peer"] for row in losses] == ["fused", "tuned", "as written"] * 3
+    # Of an eighth: two rows of each quarter of the image, four of the whole.
+    assert [(row["batch"], row["size"], row["peak_bytes"]) for row in losses[::3]] == [
+        (1, "16x32", 2),
+        (2, "16x32", 2),
+        (1, "32x64", 4),
+    ]
+
+
 def test_search_settings_have_files_of_their_own(program: ModuleType, training: ModuleType) -> None:
     """No two runs share a name."""
     plans = [program.parser().parse_args([task, "--data", "x"]) for task in ("train", "search")]
@@ -239,6 +321,7 @@ def test_search_settings_have_files_of_their_own(program: ModuleType, training: 
     assert len(runs) == 3 * (5 + len(program.SEARCH))
     assert len({run.name for run in runs}) == len(runs)
     assert training.Run("MEA", 0, temperature=2.0, sr_f_on="logits").settings == "τ = 2, SR-F on logits"
+    assert training.Run("MEA", 0, epochs=60).settings == "60 epochs"
 
 
 def test_step_is_measured(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,32 +22,41 @@ from selfreg_fast.backends import choose
 from selfreg_fast.commands.bench import setting
 from selfreg_fast.commands.data import DataError
 
-from . import parity, pictures, step
+from . import memory, parity, pictures, step
 from .training import ALL, OBJECTIVES, PRESETS, Preset, Run, load, train, write
 
 SEEDS = (0, 1, 2)
-# Other settings of the SR terms, tried with the whole objective.
-SEARCH: list[dict[str, Any]] = [
-    {"sr_f_on": "logits"},
-    {"sr_f_weight": 0.1, "sr_l_weight": 0.1},
-    {"sr_f_weight": 0.1, "sr_l_weight": 0.1, "sr_f_on": "logits"},
-    {"temperature": 2.0},
-    {"temperature": 4.0},
-    {"temperature": 2.0, "renormalize": True},
-    {"temperature": 4.0, "renormalize": True},
+# What else was tried so that the SR terms help: smaller weights, of both or of one alone; other targets; a later start;
+# more epochs, beside MEA alone. The seeds of one follow each other, as differences are taken seed by seed.
+SEARCH = [
+    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1),
+    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, sr_f_on="logits"),
+    Run(ALL, 0, sr_f_on="logits", published=True),
+    Run("MEA + SR-F", 0, sr_f_weight=0.1),
+    Run("MEA + SR-L", 0, sr_l_weight=0.1),
+    Run("MEA", 0, epochs=60),
+    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, epochs=60),
+    Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1, temperature=2.0, renormalize=True),
+    Run(ALL, 0, epochs=60),
+    Run(ALL, 0, sr_f_weight=0.03, sr_l_weight=0.03),
+    Run(ALL, 0, warmup=0.75),
+    Run(ALL, 0, sr_f_on="logits"),
+    Run(ALL, 0, temperature=2.0, renormalize=True),
+    Run(ALL, 0, temperature=4.0),
 ]
 TASKS = {
     "train": "the five objectives",
-    "search": "other temperatures and weights, and SR-F on logits, with the whole objective",
+    "search": "other weights and targets of the SR terms, SR-F on logits, more epochs",
     "parity": "whether fused and reference losses give the same curves",
     "step": "time and memory of a training step, fused and reference; on a GPU also the largest batch",
+    "memory": "of a step, on the CPU, by the number of pixels: what would fit into a GPU",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(arguments)
-    if args.data is None and args.task != "step":
+    if args.data is None and args.task not in ("step", "memory"):
         options.error("--data DIR is needed")
     args.results = args.results or args.out
     device = torch.device(args.device)
@@ -59,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.task == "step":
             write(step.measure(device, args.backend, common), args.results / "ablation-step.csv")
+        elif args.task == "memory":
+            write(memory.measure(args.backend, common), args.results / "ablation-memory.csv")
         elif args.task == "parity":
             rows = parity.compare(load(args.data, parity.PRESET, device), args.backend, args.steps)
             write([{**common, **row} for row in rows], args.results / "ablation-parity.csv")
@@ -101,8 +112,8 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
     runs = planned(args)
     todo = [run for run in runs if not (folder / f"{run.name}.csv").exists()]
     data = load(args.data, preset, device)
-    left = 0
-    with tqdm(total=len(todo) * preset.epochs, unit="epoch") as bar:
+    left = done = 0
+    with tqdm(total=sum(run.epochs or preset.epochs for run in todo), unit="epoch") as bar:
         for run in todo:
             bar.set_description(run.name)
 
@@ -111,6 +122,7 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
                 bar.update()
 
             left += not train(run, preset, data, folder, args.backend, common, end, advance)
+            bar.n = done = done + (run.epochs or preset.epochs)  # with those of an earlier call, or of another run
     rows = collected(folder)
     if rows:
         path = args.results / f"ablation-{preset.name}.csv"
@@ -126,7 +138,7 @@ def run_all(args: argparse.Namespace, preset: Preset, device: torch.device, comm
 def planned(args: argparse.Namespace) -> list[Run]:
     """All runs; a seed of every objective before the next seed, so that half of them is worth something."""
     if args.task == "search":
-        return [Run(ALL, seed, **settings) for seed in args.seeds for settings in SEARCH]
+        return [run._replace(seed=seed) for run in SEARCH for seed in args.seeds]
     return [Run(objective, seed) for seed in args.seeds for objective in args.objectives]
 
 

@@ -8,6 +8,7 @@ checkpoint sees what it would have seen.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,7 @@ PRESETS = {
 
 
 class Run(NamedTuple):
-    """What one training is: an objective and a seed, and the settings of the SR terms."""
+    """What one training is: an objective and a seed, the settings of the SR terms, the epochs."""
 
     objective: str
     seed: int
@@ -106,7 +107,9 @@ class Run(NamedTuple):
     sr_f_weight: float = 1.0
     sr_l_weight: float = 1.0
     sr_f_on: str = "features"  # or "logits"
+    published: bool = False  # targets and SR-L of the published code
     warmup: float = 0.5  # part of the epochs without SR terms
+    epochs: int | None = None  # None: the preset's
 
     @property
     def settings(self) -> str:
@@ -117,7 +120,9 @@ class Run(NamedTuple):
             "sr_f_weight": f"SR-F × {self.sr_f_weight:g}",
             "sr_l_weight": f"SR-L × {self.sr_l_weight:g}",
             "sr_f_on": f"SR-F on {self.sr_f_on}",
+            "published": "as published",
             "warmup": f"warm-up {100 * self.warmup:g} %",
+            "epochs": f"{self.epochs} epochs",
         }
         return ", ".join(text for field, text in words.items() if getattr(self, field) != self._field_defaults[field])
 
@@ -129,7 +134,8 @@ class Run(NamedTuple):
 
     def criterion(self, class_weight: Tensor, backend: str = "auto") -> SelfRegulationLoss:
         options = {"sr_f_weight": self.sr_f_weight, "sr_l_weight": self.sr_l_weight, **OBJECTIVES[self.objective]}
-        return SelfRegulationLoss(
+        variant = SelfRegulationLoss.published if self.published else SelfRegulationLoss
+        return variant(
             temperature=self.temperature,
             renormalize=self.renormalize,
             ignore_index=VOID,
@@ -266,6 +272,8 @@ def train(
 ) -> bool:
     """Trains, or goes on from FOLDER/NAME.pt, which is written after each epoch; FOLDER/NAME.csv when all is done.
 
+    Runs with MEA are the same until the SR terms come: a seed's first leaves its state at that epoch to the others.
+
     Args:
         run, preset, data: what.
         folder: of the checkpoint and of the results.
@@ -281,18 +289,23 @@ def train(
         ValueError: the checkpoint is that of another preset.
     """
     device = data.class_weight.device
+    preset = preset._replace(epochs=run.epochs or preset.epochs)
     torch.manual_seed(run.seed)
     model = preset.network(len(CLASSES)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), preset.learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     criterion = run.criterion(data.class_weight, backend)
     checkpoint = folder / f"{run.name}.pt"
+    start = math.ceil(run.warmup * preset.epochs)
+    shared = folder / f"warm-up-{start}-of-{preset.epochs}-{run.seed}.pt"
+    shares = run.objective != BASELINE
     described = {**preset._asdict(), "network": preset.network.__name__}
     state: dict[str, Any] = {"preset": described, "epoch": 0, "rows": [], "seconds": 0.0, "cpu_seconds": 0.0}
-    if checkpoint.exists():
-        loaded = torch.load(checkpoint, map_location=device, weights_only=True)
+    if (path := checkpoint).exists() or (shares and (path := shared).exists()):
+        loaded = torch.load(path, map_location=device, weights_only=True)
         if loaded["preset"] != state["preset"]:
-            raise ValueError(f"{checkpoint} was written by {loaded['preset']}, expected {state['preset']}")
+            raise ValueError(f"{path} was written by {loaded['preset']}, expected {state['preset']}")
         state = loaded
+        state["rows"] = [{**row, "objective": run.objective, "settings": run.settings} for row in state["rows"]]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
@@ -300,7 +313,7 @@ def train(
         if time.monotonic() > deadline:
             return False
         wall, cpu = time.perf_counter(), time.process_time()
-        criterion.enable_sr(epoch >= run.warmup * preset.epochs)
+        criterion.enable_sr(epoch >= start)
         loss = train_epoch(run, preset, model, criterion, optimizer, data.train, epoch)
         ious = None
         if (epoch + 1) % preset.every == 0 or epoch + 1 == preset.epochs:
@@ -310,7 +323,10 @@ def train(
         state["cpu_seconds"] += time.process_time() - cpu
         if ious is not None:
             state["rows"] += [{**(common or {}), **row} for row in _rows(run, preset, state, loss, ious)]
-        _save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+        saved = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        _save(saved, checkpoint)
+        if shares and epoch + 1 == start:
+            _save(saved, shared)
         advance(f"loss {loss:.3f}" + ("" if ious is None else f", mIoU {100 * ious[-1].nanmean():.1f}"))
     write(state["rows"], folder / f"{run.name}.csv")
     return True
