@@ -36,6 +36,14 @@ struct SharedLayout {
   int32_t total;
 };
 
+// Quotients of numbers below 2^16 by the same one, in two instructions.
+struct Divisor {
+  int32_t divisor;
+  uint32_t inverse;  // 2^32 / divisor, rounded up; 0 of 1
+  SELFREG_RESIZE void set(int d) { divisor = d, inverse = d > 1 ? 0xffffffffu / unsigned(d) + 1 : 0; }
+  SELFREG_RESIZE int of(int n) const { return inverse ? int(uint64_t(unsigned(n)) * inverse >> 32) : n; }
+};
+
 // What of a resized exit lies under a block's band, and under the tile at hand; in shared memory.
 template <class A, int P>
 struct Place {
@@ -43,8 +51,15 @@ struct Place {
   int32_t copy_columns;          // its row, in columns
   int32_t row, column, columns;  // the exit's first row, its columns
   int32_t pixels;                // of the output, in a row of the strip
-  int32_t low[P], fresh;         // of each row of the tile; the first of the exit that no tile of the band has added to
-  A weight[P];                   // of the row below
+  Divisor cells;                 // of an interpolated line
+  // In the exit, in numbers: from a column to the next, from a row to the next; where the tile's first number is, from
+  // the exit's first, and how far the last pixel's row is from its.
+  int64_t right, below, first, rows;
+  int32_t low[P];  // of each row of the tile
+  A weight[P];     // of the row below
+  // Where the gradient of each is added to, in the copy: the row, and the one below; null if it is with one before.
+  A* copy_rows[2 * P];
+  int32_t more;  // bits: whether there is something already
 };
 // Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns] of
 // int32_t; then where each of the exit's begins, [columns + 3] of uint16_t, unless there are more.
@@ -74,7 +89,8 @@ struct Args {
   int2 from[kMaxExits];  // Layout::resized: the sizes (h, w) of exits that are resized; 0 of the others
   int32_t sizes;         // likewise, how many there are; which one it is of each exit, numbered as they come
   uint8_t size_number[kMaxExits];
-  Cut cut;  // likewise; `grads` of resized exits are then their private copies
+  Cut cut;              // likewise; `grads` of resized exits are then their private copies
+  Divisor added_parts;  // likewise: tasks of a column
 
   const void* labels;  // [pixels], or null
   LabelType label_type;
@@ -154,11 +170,13 @@ struct Shape {
   // What of a row is stored a target and pixel beside it.
   static constexpr int kScalars = !whole ? 3 : layout == Layout::resized && plain ? 1 : 2;
   static_assert(layout != Layout::resized || kAccesses < 32);
-  // Of a column of an interpolated line, the distance to the next: odd, so that they are in different banks.
-  static constexpr int kLine = kAccesses | 1;
   // How many channels of a gradient are scattered at a time: half a row, for with all of it a multiprocessor would have
   // room for two blocks only. A multiple of four numbers, which are one access.
   static constexpr int kScattered = !whole ? kAccesses : ((kAccesses + 1) / 2 * kPixels + 3) / 4 * 4 / kPixels;
+  static constexpr int kAddedTogether = plain ? 3 : 2;  // when they are added to a column's gradient
+  // Of a column of an interpolated line, with room for what is scattered, the distance to the next: odd, so that they
+  // are in different banks.
+  static constexpr int kLine = (kAccesses + kScattered - 1) / kScattered * kScattered | 1;
 };
 
 // Whether threads that share a pixel read its numbers four at a time: they then lie side by side, and those of pixels
@@ -167,11 +185,11 @@ template <class Shape, class A>
 constexpr bool exchanges_fours = Shape::kLayout == Layout::planes && sizeof(A) == 4;
 SELFREG_RESIZE constexpr int exchange_pitch(int groups) { return groups < 4 ? groups | 1 : ((groups + 3) / 4 | 1) * 4; }
 
-// Where a thread's numbers lie among those that are scattered: gaps keep stores, and reads of pixels some apart, from
-// meeting in banks.
+// Where a thread's numbers lie among those that are scattered: an odd number of fours apart, so that a warp's threads
+// meet in no bank.
 template <class Shape>
 SELFREG_RESIZE constexpr int scattered_at(int thread) {
-  return thread * Shape::kScattered * Shape::kPixels + thread / 4 * 4;
+  return thread * Shape::kScattered * Shape::kPixels;
 }
 
 template <class Shape, class A>

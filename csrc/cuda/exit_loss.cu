@@ -58,7 +58,7 @@ struct Worker {
   bool inside, all_count;
   A label_w[P], soft_w[P], hot[P];
   int label[P];
-  // Where a label is in a whole target row, and its hot if it is there; else any place, and 0.
+  // Where a label is in a whole target row, and its hot if it is there; else any place, and 0; kOnce: place -1.
   int place_in_row[P];
   A hot_in_row[P];
 
@@ -234,7 +234,7 @@ struct Worker {
       if constexpr (kWhole) {
         const int place = place_of(label[p]);
         const bool here = uint32_t(place) < uint32_t(kLayout == Layout::lanes ? I * V : I);
-        place_in_row[p] = !here ? 0 : kLayout == Layout::lanes ? place : place * V + p;
+        place_in_row[p] = !here ? (kOnce ? -1 : 0) : kLayout == Layout::lanes ? place : place * V + p;
         hot_in_row[p] = here ? hot[p] : A(0);
       }
     }
@@ -562,10 +562,14 @@ struct Worker {
         place.copy = static_cast<A*>(a.grads[e].data);
         if (place.copy) place.copy += copies.begin(cut, image, band, strip, C);
         place.copy_columns = int(copies.columns);
-        place.row = place.fresh = int(rows_of(e).low(i1));
+        place.row = int(rows_of(e).low(i1));
+        place.right = a.from[e].y > 1 ? a.exits[e].step[2] : 0;
+        place.below = a.from[e].x > 1 ? a.exits[e].step[1] : 0;
         place.column = int(column);
         place.columns = int(axis.high(begin + width - 1) - column) + 1;
         place.pixels = int(width);
+        place.cells.set(is_wide(place.columns, pixel_threads()) ? place.pixels
+                                                                : line_columns(place.columns, pixel_threads()));
       }
     }
   }
@@ -584,13 +588,27 @@ struct Worker {
       if (!a.from[e].x) continue;
       const Axis axis = rows_of(e);
       ThePlace& place = place_under(e);
-      if (y % a.cut.rows != 0) place.fresh = int(axis.high(y - 1)) + 1;
+      // Rows from here on have got nothing yet.
+      int64_t fresh = y % a.cut.rows != 0 ? axis.high(y - 1) + 1 : 0;
+      place.more = 0;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         const int64_t row = y + p < a.cut.height ? y + p : a.cut.height - 1, low = axis.low(row);
-        place.low[p] = int(low);
         place.weight[p] = axis.template weight<A>(row, low);
+        const bool others = p == 0 || low != place.low[0];
+        place.low[p] = int(low);
+#pragma unroll
+        for (int r = 2 * p; r < 2 * p + 2; ++r) {
+          const int64_t to = low + r % 2;
+          place.copy_rows[r] =
+              place.copy && others && to < axis.from ? place.copy + (to - place.row) * place.copy_columns * C : nullptr;
+          place.more |= int(to < fresh) << r;
+        }
+        fresh = low + 2;
       }
+      const PixelView& view = a.exits[e];
+      place.first = i0 * view.step[0] + place.low[0] * view.step[1] + place.column * view.step[2];
+      place.rows = (place.low[P - 1] - place.low[0]) * view.step[1];
     }
     __syncthreads();
     pixel = (i0 * a.cut.height + y) * a.cut.width + i2;
@@ -602,30 +620,29 @@ struct Worker {
   SELFREG_DEVICE bool draw_lines(int e) const {
     const ThePlace& place = place_under(e);
     const PixelView& view = a.exits[e];
+    const Divisor cells = place.cells;
     const bool wide = is_wide(place.columns, pixel_threads());
-    const int columns = wide ? place.pixels : line_columns(place.columns, pixel_threads());
-    const int channels = min(C - c0, I * a.groups);
-    const Offset right = a.from[e].y > 1 ? Offset(view.step[2]) : 0, below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
-    const Offset rows = Offset(place.low[P - 1] - place.low[0]) * Offset(view.step[1]);  // to the last pixel's
-    const S* const first = static_cast<const S*>(view.data) + i0 * view.step[0] +
-                           (Offset(place.low[0]) * Offset(view.step[1]) + Offset(place.column) * Offset(view.step[2]) +
-                            Offset(c0) * Offset(view.channel));
+    const int columns = cells.divisor, channels = min(C - c0, I * a.groups);
+    const S* const first = static_cast<const S*>(view.data) + place.first + c0 * view.channel;
+    const Offset channel = Offset(view.channel), step = Offset(view.step[2]);
+    const Offset right = Offset(place.right), below = Offset(place.below), rows = Offset(place.rows);
     A weight[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) weight[p] = place.weight[p];
-    bool odd = false;
+    A zero = 0;  // or NaN
 #pragma unroll 1
     for (int task = thread(); task < channels * columns; task += threads()) {
-      const int c = int(unsigned(task) / unsigned(columns)), column = task - c * columns;
+      const int c = cells.of(task), column = task - c * columns;
       A line[2 * P];
       if (wide) {
 #pragma unroll
         for (int p = 0; p < P; ++p) line[2 * p] = interpolated(e, p, c0 + c, column), line[2 * p + 1] = 0;
       } else {
-        const S* at = first + (Offset(c) * Offset(view.channel) + Offset(column) * Offset(view.step[2]));
+        Offset at = Offset(c) * channel + Offset(column) * step;
         auto draw = [&](int begin) {
-          const A left = to_number(__ldg(at)), next = to_number(__ldg(at + right));
-          const A down = to_number(__ldg(at + below)) - left, next_down = to_number(__ldg(at + below + right)) - next;
+          const A left = to_number(__ldg(first + at)), next = to_number(__ldg(first + (at + right)));
+          const A down = to_number(__ldg(first + (at + below))) - left;
+          const A next_down = to_number(__ldg(first + (at + below + right))) - next;
 #pragma unroll
           for (int p = begin; p < P; ++p) {
             line[2 * p] = logit(left + weight[p] * down);
@@ -634,14 +651,12 @@ struct Worker {
         };
         draw(0);
         if (rows != 0) at += rows, draw(P - 1);
-        A zero = 0;  // or NaN
 #pragma unroll
         for (int p = 0; p < P; ++p) zero += line[2 * p + 1] * 0;
-        odd |= zero != 0;
       }
       store_shared(kept_shared(line_at(group_of(c), column) + access_of(c) * 2 * P), line);
     }
-    return odd;
+    return zero != 0;
   }
   // Whose channel c of the block is, and which of its accesses.
   SELFREG_DEVICE int group_of(int c) const { return alone ? 0 : int(unsigned(c) % unsigned(a.groups)); }
@@ -700,7 +715,7 @@ struct Worker {
     const PixelView& view = a.exits[e];
     if (!a.from[e].x) return logit(to_number(__ldg(row_of(view, p) + c * view.channel)));
     const ThePlace& place = place_under(e);
-    const Offset right = a.from[e].y > 1 ? Offset(view.step[2]) : 0, below = a.from[e].x > 1 ? Offset(view.step[1]) : 0;
+    const Offset right = Offset(place.right), below = Offset(place.below);
     const S* const at =
         static_cast<const S*>(view.data) + i0 * view.step[0] + c * view.channel +
         (Offset(place.low[p]) * Offset(view.step[1]) + Offset(place.column + column_lows(e)[x]) * Offset(view.step[2]));
@@ -731,10 +746,11 @@ struct Worker {
     const PixelView& view = a.grads[e];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
+      if (!exists_pixel(v)) continue;
       S* p = row_of(view, v) + channel(0, 0) * view.channel;
 #pragma unroll
-      for (int i = 0; i < I; ++i, p += stride() * view.channel)
-        if (exists(i) && exists_pixel(v)) *p = to_storage<S>(z[i][v]);
+      for (int i = 0; i < I; ++i, p = opaque(p + stride() * view.channel))
+        if (exists(i)) *p = to_storage<S>(z[i][v]);
     }
   }
 
@@ -751,13 +767,13 @@ struct Worker {
 
   // Adds a gradient at the tile's pixels, of channels from c0 on, to the band's copy of the exit's; kOnce: less the
   // labels' targets. First sums of the pixels between the same two columns, for the left one and the right one, which
-  // take the place of the lines; then a thread takes a column of the exit and two channels, and adds what is to its
+  // take the place of the lines; then a thread takes a column of the exit and some channels, and adds what is to its
   // left and right, in order.
   SELFREG_DEVICE void scatter(int e, const A (&gradient)[I][V], const A (&label_k)[P]) const {
     constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
     A* const numbers = shared + a.at.scattered;
     const bool wide = is_wide(place_under(e).columns, pixel_threads());
-    const int cells = wide ? place_under(e).pixels : line_columns(place_under(e).columns, pixel_threads());
+    const int cells = place_under(e).cells.divisor;
 #pragma unroll 1
     for (int begin = 0; begin < I; begin += Shape::kScattered) {
       const int left = C - c0 - begin * stride();
@@ -779,19 +795,19 @@ struct Worker {
 #pragma unroll
         for (int p = 0; p < P; ++p) {
           const int place = place_in_row[p] - begin * P;
-          if (a.labels && unsigned(place) < unsigned(kNumbers)) mine[place] -= label_k[p] * hot_in_row[p];
+          if (a.labels && unsigned(place) < unsigned(kNumbers)) mine[place] -= label_k[p] * hot[p];
         }
       }
       __syncthreads();
       sum_cells(e, begin, cells, wide);
       __syncthreads();
-      add_columns(e, begin, min(left, Shape::kScattered * stride()), cells, wide);
     }
+    add_columns(e, cells, wide);
   }
   // A cell: the pixels between two neighbouring columns; of a wide exit, each pixel.
   SELFREG_DEVICE void sum_cells(int e, int begin, int cells, bool wide) const {
     constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
-    constexpr int kTogether = kNumbers % 8 == 0 && sizeof(A) == 4 ? 8 : 4, kTasks = kNumbers / kTogether;
+    constexpr int kTogether = 4, kTasks = kNumbers / kTogether;
     const A *const numbers = shared + a.at.scattered, *const weights = column_weights(e);
     const uint16_t* const firsts = column_firsts(e);
 #pragma unroll 1
@@ -800,75 +816,77 @@ struct Worker {
       const int g = alone ? 0 : int(unsigned(number) / unsigned(cells)), cell = number - g * cells;
       const int end = wide ? cell + 1 : firsts[cell + 2];
       A sum[kTogether] = {}, right[kTogether] = {};
-#pragma unroll 1
-      for (int x = wide ? cell : firsts[cell + 1]; x < end; ++x) {
-        const A w = weights[x];
-        const A* const from = numbers + scattered_at<Shape>(g * pixel_threads() + x) + part;
+      const int first = wide ? cell : firsts[cell + 1];
+      const A *from = numbers + scattered_at<Shape>(g * pixel_threads() + first) + part, *weight = weights + first;
+      auto add = [&](int x) {
+        const A w = weight[x];
 #pragma unroll
         for (int j = 0; j < kTogether; j += kAccess) {
           A n[kAccess];
-          load_shared(from + j, n);
+          load_shared(from + scattered_at<Shape>(x) + j, n);
 #pragma unroll
           for (int k = 0; k < kAccess; ++k) sum[j + k] += n[k], right[j + k] += w * n[k];
         }
-      }
+      };
+      int left = end - first;
+#pragma unroll 1
+      for (; left > 1; left -= 2, from += scattered_at<Shape>(2), weight += 2) add(0), add(1);
+      if (left > 0) add(0);
       A* const to = kept_shared(line_at(g, cell) + (begin * P + part) * 2);
 #pragma unroll
       for (int j = 0; j < kTogether; j += 2) {
-        const A x[4] = {sum[j] - right[j], right[j], sum[j + 1] - right[j + 1], right[j + 1]};
         if constexpr (P == 2) {
-          store_shared(to + 2 * j, x);
+          store_shared<4>(to + 2 * j, {sum[j] - right[j], sum[j + 1] - right[j + 1], right[j], right[j + 1]});
         } else {
-          store_shared<2>(to + 2 * j, {x[0], x[1]});
-          store_shared<2>(to + 2 * j + 2, {x[2], x[3]});
+          store_shared<2>(to + 2 * j, {sum[j] - right[j], right[j]});
+          store_shared<2>(to + 2 * j + 2, {sum[j + 1] - right[j + 1], right[j + 1]});
         }
       }
     }
   }
-  SELFREG_DEVICE void add_columns(int e, int begin, int channels, int cells, bool wide) const {
-    constexpr int kTogether = kOnce ? 3 : 2;
+  SELFREG_DEVICE void add_columns(int e, int cells, bool wide) const {
+    constexpr int kTogether = Shape::kAddedTogether;  // of a group's accesses, so that they lie side by side
     const ThePlace& place = place_under(e);
-    const int size = a.from[e].x, columns = place.columns, parts = (channels + kTogether - 1) / kTogether;
-    A weight[P];
-    int low[P];
-#pragma unroll
-    for (int p = 0; p < P; ++p) weight[p] = place.weight[p], low[p] = place.low[p];
+    const Divisor parts = a.added_parts;
+    const int columns = place.columns, apart = alone ? 1 : stride();
+    const bool same_rows = place.low[0] == place.low[P - 1];
 #pragma unroll 1
-    for (int task = thread(); task < columns * parts; task += threads()) {
-      const int column = int(unsigned(task) / unsigned(parts)), c = (task - column * parts) * kTogether;
-      const int first = wide ? find_first(e, cells, column - 1) : max(column - 1, 0);
-      const int middle = wide ? find_first(e, cells, column) : column;
-      const int end = wide ? find_first(e, cells, column + 1) : min(column + 1, cells);
+    for (int task = thread(); task < columns * parts.divisor; task += threads()) {
+      const int column = parts.of(task), part = task - column * parts.divisor;
+      const int g = group_of(part), first = access_of(part) * kTogether, c = first * apart + g;
       A sum[kTogether][P] = {};
       auto add = [&](int cell, int side) {
+        const A* const from = kept_shared(line_at(g, cell) + (first * 2 + side) * P);
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          A x[2 * P];
-          load_shared(line_at(group_of(c + j), cell) + (begin + access_of(c + j)) * 2 * P, x);
+          A x[P];
+          load_shared(from + j * 2 * P, x);
 #pragma unroll
-          for (int p = 0; p < P; ++p) sum[j][p] += x[2 * p + side];
+          for (int p = 0; p < P; ++p) sum[j][p] += x[p];
         }
       };
-      for (int cell = first; cell < middle; ++cell) add(cell, 1);
-      for (int cell = middle; cell < end; ++cell) add(cell, 0);
-
-      // The rows on which the pixels lie: two, or also the last ones of others.
+      if (wide) {
+        const int middle = find_first(e, cells, column), end = find_first(e, cells, column + 1);
+        for (int cell = find_first(e, cells, column - 1); cell < middle; ++cell) add(cell, 1);
+        for (int cell = middle; cell < end; ++cell) add(cell, 0);
+      } else {
+        if (column > 0) add(column - 1, 1);
+        if (column < cells) add(column, 0);
+      }
+      // Pixels that lie between the same rows are added at once.
 #pragma unroll
       for (int r = 0; r < 2 * P; ++r) {
-        const int row = low[r / 2] + r % 2;
-        if (row >= size || (r > 1 && row <= low[r / 2 - 1] + 1)) continue;
-        A* const to =
-            place.copy + (int64_t(row - place.row) * place.copy_columns + column) * C + c0 + begin * stride() + c;
+        A* to = place.copy_rows[r];
+        if (!to) continue;
+        const bool more = place.more >> r & 1;
+        to += column * C + c0 + c;
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          if (j >= channels - c) break;
+        for (int j = 0; j < kTogether; ++j, to += apart) {
           A total = 0;
 #pragma unroll
-          for (int p = 0; p < P; ++p) {
-            if (row == low[p]) total += (1 - weight[p]) * sum[j][p];
-            if (row == low[p] + 1) total += weight[p] * sum[j][p];
-          }
-          to[j] = row < place.fresh ? to[j] + total : total;
+          for (int p = 0; p < P; ++p)
+            if (p == r / 2 || same_rows) total += (r % 2 ? place.weight[p] : 1 - place.weight[p]) * sum[j][p];
+          if (c0 + c + j * apart < C) *to = more ? *to + total : total;
         }
       }
     }
@@ -1455,6 +1473,9 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
   using TheShape = Shape<layout, K, V, lanes, whole, plain>;
   const int together = layout == Layout::lanes ? lanes * V : args.groups;
   args.rows = (args.C + together - 1) / together;
+  const int channels = args.C < TheShape::kAccesses * args.groups ? args.C : TheShape::kAccesses * args.groups;
+  const int added = TheShape::kAddedTogether * args.groups;
+  args.added_parts.set((channels + added - 1) / added * args.groups);
   args.at = shared_layout<TheShape>(args, block.x * block.y, sizeof(S));
   const int64_t shared = args.at.total * int64_t(sizeof(A));
   const int64_t most = most_blocks(launch, exit_loss_kernel<TheShape>, block, shared);

@@ -13,11 +13,12 @@
 //
 // Why so. Counted, not measured: no GPU has run this. Instructions an output pixel, channel and exit, executed for one
 // block of five exits at an eighth of (8, 21, 512, 512), two of them teachers, float32, sm_90, 168 registers, 12 warps:
-// - In all 52: drawing lines 7, reading them with the maximum 8, teachers 3, losses and gradient 13, storing gradients
-//   3, summing cells 7.5, adding columns 8, what a tile needs once 3. In all issue slots of an H200 (132 x 4 x 1.75
-//   GHz) that is 0.39 ms; the exponentials alone would take a fourth of it.
+// - In all 45: drawing lines 6, reading them with the maximum 8, teachers 3, losses and gradient 12, storing gradients
+//   2, summing cells 7, adding columns 5, what a tile needs once 2. In all issue slots of an H200 (132 x 4 x 1.75 GHz)
+//   that is 0.33 ms; the exponentials alone would take a fourth of it.
 // - Without lines, each thread interpolating from global memory, from column to pixel first, and then a thread a column
-//   that summed the pixels on both sides of it, each pixel twice: 65.
+//   that summed the pixels on both sides of it, each pixel twice: 65. Adding columns after each half of the channels,
+//   not once for both: 52.
 // - Gradients added up vertically over all rows between two of the exit's, and across once for them, would save most of
 //   the last two, but take 2 C numbers a column and exit: 100 KB a block for C = 21 and 5 exits. So would tiles of four
 //   rows, half of it, with room for 8 warps instead of 12: their targets take 90 KB.
