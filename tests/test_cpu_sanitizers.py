@@ -32,6 +32,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run([*begin, *map(str, command)], capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("mode", MODES)
 def test_sanitizers_find_nothing(mode: str, tmp_path: Path) -> None:
