@@ -29,7 +29,7 @@ if platform.machine() == "x86_64":
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     begin = [*on_host.same_places(), "env", *(f"{k}={v}" for k, v in environment.items())]
-    return subprocess.run([*begin, *map(str, command)], capture_output=True, text=True, timeout=600)
+    return subprocess.run([*begin, *map(str, command)], capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.long

@@ -139,7 +139,7 @@ def test_sanitizers_find_nothing(mode: str) -> None:
         cwd=on_host.ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-8000:]

@@ -92,7 +92,7 @@ def _in_a_process_of_its_own(*task: Any) -> Any:
     with tempfile.TemporaryDirectory() as cache:
         environment.setdefault("TRITON_CACHE_DIR", cache)
         run = subprocess.run(
-            [sys.executable, __file__, *map(str, task)], env=environment, capture_output=True, text=True, timeout=600
+            [sys.executable, __file__, *map(str, task)], env=environment, capture_output=True, text=True, timeout=1800
         )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
