@@ -39,9 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-interpreted", action="store_true", help="on Triton's interpreter, run all cases of a test, not a part"
     )
-    parser.addoption(
-        "--all-kernels", action="store_true", help="compile all CUDA kernels as they are installed, float16's included"
-    )
 
 
 @pytest.hookimpl(trylast=True)
