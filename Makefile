@@ -16,9 +16,9 @@ demo: install
 	$(BIN)/selfreg-fast demo $(ARGS)
 
 # Without kernels their tests would be skipped, and all would look well. Where there is no GPU, the CUDA and the Triton
-# kernels are tested on the CPU (tests/on_host.py).
+# kernels are tested on the CPU (tests/on_host.py). One test at a time goes to who is free: none waits for the last ones.
 test: install
-	$(BIN)/pytest -n auto --maxprocesses 8 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --maxschedchunk 1 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
 
 # benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some ten minutes on two cores.
 bench-results: install

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 
 import on_host
@@ -36,25 +37,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail, rather than skip, where this backend is not available (may be given again)",
     )
     parser.addoption(
-        "--all-interpreted", action="store_true", help="on Triton's interpreter, run all cases of a test, not a third"
+        "--all-interpreted", action="store_true", help="on Triton's interpreter, run all cases of a test, not a part"
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton's interpreter is slow: of the many cases of a test it gets every third."""
-    if not TRITON_INTERPRETED or config.getoption("--all-interpreted"):
-        return
-    seen: Counter[str] = Counter()
-    kept, left_out = [], []
-    for item in items:
-        name, _, parameters = item.nodeid.partition("[")
-        interpreted = (
-            parameters.startswith("triton") and hasattr(item, "fixturenames") and "backend" in item.fixturenames
-        )
-        seen[name] += interpreted
-        (left_out if interpreted and seen[name] % 3 != 1 else kept).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    """Leaves cases out on Triton's interpreter, which is slow; and begins with what takes long, not to wait for it."""
+    if TRITON_INTERPRETED and not config.getoption("--all-interpreted"):
+        tests = defaultdict(list)
+        for item in items:
+            callspec = getattr(item, "callspec", None)
+            chooses = "not_all" in getattr(item, "fixturenames", ())
+            if callspec is not None and callspec.params.get("backend") == "triton" and not chooses:
+                tests[item.function].append(item)
+        left_out = {item for cases in tests.values() for item in cases} - {
+            item for cases in tests.values() for item in _some(cases)
+        }
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def _some(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Every third where there is one parameter; else as many, up to a third, as it takes for all pairs of values."""
+    parameters = [[(k, repr(v)) for k, v in case.callspec.params.items() if k != "backend"] for case in cases]
+    if len(dict(parameters[0])) < 2:
+        return cases[::3]
+    pairs = [set(itertools.combinations(p, 2)) for p in parameters]
+    missing, chosen = set().union(*pairs), []
+    while missing and 3 * len(chosen) < len(cases):
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        chosen.append(cases[best])
+    return chosen
 
 
 def pytest_configure() -> None:
@@ -75,6 +91,12 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         say = pytest.fail if request.param in request.config.getoption("--require-backend") else pytest.skip
         say(f"{request.param}: {state}")
     return Backend(request.param, device_of(request.param))
+
+
+@pytest.fixture
+def not_all(backend: Backend, request: pytest.FixtureRequest) -> bool:
+    """Whether a test is to choose among its cases by itself: Triton's interpreter takes seconds for one."""
+    return backend.interpreted and not request.config.getoption("--all-interpreted")
 
 
 @pytest.fixture

@@ -45,9 +45,9 @@ def _labels(backend: Backend) -> Tensor:
 
 
 def _gradcheck(backend: Backend, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
-    # The fast mode compares one random direction, not every element.
-    fast = backend.interpreted
-    assert torch.autograd.gradcheck(function, tuple(leaves(inputs)), eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=fast)
+    # The fast mode compares one random direction, not every element; gradients that are undefined no kernel sees.
+    few = {"fast_mode": True, "check_undefined_grad": False} if backend.interpreted else {}
+    assert torch.autograd.gradcheck(function, tuple(leaves(inputs)), eps=1e-6, atol=1e-7, rtol=1e-5, **few)
 
 
 # ------------------------------------------------------------------------------------------ finite differences
@@ -360,11 +360,11 @@ def test_anomaly_mode(backend: Backend) -> None:
 
 
 def test_training_lowers_the_loss(backend: Backend) -> None:
-    """Fifty steps of gradient descent on the exits: the sign is right, every exit learns the labels."""
+    """Fifteen steps of gradient descent on the exits: the sign is right, every exit learns the labels."""
     exits, labels = leaves(_exits(backend, dtype=torch.float32)), _labels(backend)
     optimizer = torch.optim.SGD(exits, lr=2.0)
     history = []
-    for _ in range(50):
+    for _ in range(15):
         out = srf.self_regulation_loss(exits, labels, temperature=2.0, backend=backend.name)
         optimizer.zero_grad()
         out.total.backward()

@@ -459,19 +459,13 @@ MASKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS, ids=["raw", "renormalised", "argmax"])
-@pytest.mark.parametrize(
-    ("which", "tau"),
-    [
-        pytest.param(which, tau, id=f"{name}-{tau}")
-        for name, which in MASKS.items()
-        for tau in ((0.05, 1.0, 2.0, 2.7) if name != "student" else (0.5, 1.0, 2.0, 2.7))  # p > 0, not underflown
-    ],
-)
-def test_masked_classes(
-    backend: Backend, which: dict[int, list[int]], tau: float, target: dict[str, Any], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("tau", [0.05, 1.0, 2.0, 2.7])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_classes(backend: Backend, mask: str, tau: float, target: dict[str, Any], dtype: torch.dtype) -> None:
     """-inf in teacher or student: 0 log 0 = 0; infinite or finite exactly where the exact value is, gradients too."""
-    exits = _masked(_exits(backend.device, dtype=dtype), which)
+    if mask == "student" and tau == 0.05:
+        tau = 0.5  # p > 0, not underflown
+    exits = _masked(_exits(backend.device, dtype=dtype), MASKS[mask])
     labels = _labels(backend.device) % 255 % 4  # some of them are masked by the last case
     for detach in (True, False):
         for reduction in ("none", "sum"):
@@ -679,10 +673,11 @@ def test_results_repeat_bitwise(
     backend: Backend, loss: Loss, resized: bool, layout: str, dtype: torch.dtype, threads: None
 ) -> None:
     """The same bits in every run, and of a fused kernel with any number of threads."""
-    sizes = pyramid(3, (37, 61)) if resized else None
-    exits = make_exits(3, (2, 19, 37, 61), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
-    labels = make_labels((2, 37, 61), 19, device=backend.device)
-    weight = make_pixel_weight((2, 37, 61), device=backend.device)
+    channels, size = (5, (9, 13)) if backend.interpreted else (19, (37, 61))
+    sizes = pyramid(3, size) if resized else None
+    exits = make_exits(3, (2, channels, *size), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
+    labels = make_labels((2, *size), channels, device=backend.device)
+    weight = make_pixel_weight((2, *size), device=backend.device)
 
     def run() -> list[Tensor]:
         return value_and_gradients(

@@ -29,21 +29,26 @@ if platform.machine() == "x86_64":
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     begin = [*on_host.same_places(), "env", *(f"{k}={v}" for k, v in environment.items())]
-    return subprocess.run([*begin, *map(str, command)], capture_output=True, text=True, timeout=600)
+    return subprocess.run([*begin, *map(str, command)], capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("mode", MODES)
 def test_sanitizers_find_nothing(mode: str, tmp_path: Path) -> None:
-    """Of random launches, with any instruction set that this machine has; four threads leave the bits that one does."""
+    """Of random launches, with any instruction set that this machine has; four threads leave the bits that one does.
+
+    Races only with one of them: what threads share does not depend on it.
+    """
+    isas = ISAS if mode == "address" else {"baseline": ""}
     flags = ["-std=c++17", *MODES[mode].split(), "-g1", "-fopenmp-simd", "-Wno-psabi", f"-I{FOLDER}", f"-I{KERNELS}"]
-    flags += ["-DSELFREG_X86_ISAS=1"] if len(ISAS) > 1 else []
+    flags += ["-DSELFREG_X86_ISAS=1"] if len(isas) > 1 else []
     (tmp_path / "none.cpp").write_text("int main() {}")
     tried = run("g++", *flags, tmp_path / "none.cpp", "-o", tmp_path / "none")
     if tried.returncode or run(tmp_path / "none").returncode:
         pytest.skip(f"g++ makes no programs here with {MODES[mode]}")
     units: list[tuple[Path, list[str]]] = [(FOLDER / "launches.cpp", []), (KERNELS / "cpu_launch.cpp", [])]
-    for isa, options in ISAS.items():
+    for isa, options in isas.items():
         units.insert(0, (KERNELS / "cpu" / "exit_loss.cpp", [f"-DSELFREG_ISA={isa}", *options.split()]))
 
     def compile_one(i: int) -> None:
@@ -60,7 +65,7 @@ def test_sanitizers_find_nothing(mode: str, tmp_path: Path) -> None:
     what, report = FOUND[mode]
     ran = run(program, what)
     assert ran.returncode != 0 and report in ran.stderr, ran.stderr  # they would be found
-    for isa in ISAS:
+    for isa in isas:
         ran = run(program, "150", SELFREG_FAST_ISA=isa)
         assert ran.returncode == 0 and not ran.stderr, ran.stderr[-5000:]
         print(f"{mode}: 150 launches, asked for {isa}, taken {ran.stdout.strip()}")

@@ -27,6 +27,7 @@ UNITS = [("launch.cu", [])] + [("exit_loss.cu", [f"-DSELFREG_STORAGE={s}"]) for 
 STORAGE = {"0": "float", "1": "double", "2": "half", "3": "bfloat16"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_kernels_compile_and_compute(tmp_path: Path) -> None:
     """Every kernel for sm_80 and sm_90: registers are printed, nothing goes to local memory. And what has been compiled
@@ -109,6 +110,7 @@ def _shape(kernel: str) -> str:
     return f"{layout}, K {shape[2]}, V {shape[3]}, lanes {shape[4]}, {kind}"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_sanitizers_find_nothing(mode: str) -> None:
@@ -126,7 +128,7 @@ def test_sanitizers_find_nothing(mode: str) -> None:
         cwd=on_host.ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-8000:]

@@ -48,17 +48,8 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.fixture(scope="module", params=FLAGS)
-def mode(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def build(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Compiles the self-test, once; the function links it as a program, or with "-shared" as a library."""
-    if not shutil.which("g++"):
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp(mode)
+def build(mode: str, folder: Path) -> Callable[..., Path]:
+    """Compiles the self-test; the function links it as a program, or with "-shared" as a library."""
     (folder / "none.cpp").write_text("int main() {}")
     tried = run("g++", *FLAGS[mode], folder / "none.cpp", "-o", folder / "none")
     if tried.returncode or run(folder / "none").returncode:
@@ -76,22 +67,22 @@ def build(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return link
 
 
-def test_right_kernels_pass(build: Callable[..., Path]) -> None:
-    ran = run(build(), "good")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("mode", FLAGS)
+def test_right_kernels_pass_and_wrong_ones_are_found(mode: str, tmp_path: Path) -> None:
+    """In a program; and in a library beside Python and torch, where a sanitizer's own library must be loaded first."""
+    link = build(mode, tmp_path)
+    program = link()
+    ran = run(program, "good")
     assert ran.returncode == 0 and not ran.stderr, ran.stderr
-
-
-def test_wrong_kernels_are_found(build: Callable[..., Path], mode: str) -> None:
-    program = build()
     for name, (where, report) in REPORTS.items():
         if where in (mode, "any"):
             ran = run(program, name)
             assert ran.returncode != 0 and report in ran.stderr, (name, ran.stderr)
 
-
-def test_in_a_library_beside_torch(build: Callable[..., Path], mode: str) -> None:
-    """Python and torch do not know the sanitizers, whose libraries therefore must be there first."""
-    found = [run("g++", f"-print-file-name={library}").stdout.strip() for library in PRELOAD.get(mode, [])]
-    code = f"import ctypes, torch; torch.ones(9).sum(); ctypes.CDLL({str(build('-shared'))!r}).self_test()"
+    if mode not in PRELOAD:
+        return
+    found = [run("g++", f"-print-file-name={library}").stdout.strip() for library in PRELOAD[mode]]
+    code = f"import ctypes, torch; torch.ones(9).sum(); ctypes.CDLL({str(link('-shared'))!r}).self_test()"
     ran = run(sys.executable, "-c", code, LD_PRELOAD=":".join(found))
     assert ran.returncode == 0 and not ran.stderr, ran.stderr

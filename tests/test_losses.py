@@ -210,4 +210,7 @@ def test_value_and_gradient_equal_the_reference(
     backend: Backend, case: Case, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any two options together."""
+    many = case["exits"] >= 5 and math.prod(case["shape"]) > 1000
+    if backend.interpreted and case["sizes"].startswith("pyramid") and many:
+        pytest.skip("triton, interpreted: so many sizes of so many pixels take up to half a minute")
     _assert_equals_reference(case, backend, monkeypatch)

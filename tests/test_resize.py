@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,12 +47,6 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def not_all(backend: Backend, request: pytest.FixtureRequest) -> bool:
-    """Whether a test is to leave out some of its cases: Triton's interpreter takes seconds for one."""
-    return backend.interpreted and not request.config.getoption("--all-interpreted")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("name", SIZES)
@@ -60,11 +55,12 @@ def test_every_ratio(
 ) -> None:
     """Value and gradients, of layouts, targets and numbers of channels in turn."""
     sizes, size = SIZES[name]
-    if not_all and dtype != DTYPES[(list(SIZES).index(name) // 2 + 2 * align_corners) % len(DTYPES)]:
-        pytest.skip("triton, interpreted: one dtype of each ratio")
+    nth = list(SIZES).index(name)
+    if not_all and (align_corners, dtype) != (nth % 2 == 1, DTYPES[nth // 2 % len(DTYPES)]):
+        pytest.skip("triton, interpreted: each ratio once")
     if dtype != torch.float64 and not backend.resizes(sizes, size):
         pytest.skip(f"{backend.name}: F.interpolate rounds positions, and of halves the logits")
-    number = list(SIZES).index(name) + 4 * align_corners + dtype.itemsize
+    number = nth + 4 * align_corners + dtype.itemsize
     channels, layout = (3, 21, 1, 19)[number % 4], ("contiguous", "channels_last", "cropped")[number % 3]
     exits = make_exits(len(sizes), (2, channels, *size), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
     kwargs: dict[str, Any] = list(TARGETS.values())[number // 2 % 4] | {
@@ -94,45 +90,63 @@ def test_every_ratio(
         assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
 
 
-def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger by less and by more than two, both ways or one, beside a smaller one: without F.interpolate.
+def _enlarged_sum(exits: list[torch.Tensor], **how: Any) -> torch.Tensor:
+    return sum(F.interpolate(z, mode="bilinear", **how).sum() for z in exits)
 
-    Over borders of tiles, with the same bits each time, and 0 where no pixel of the output has part.
+
+def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger by less and by more than two, both ways or one, beside a smaller one: without F.interpolate, and no tensor
+    of the output's size is allocated, but for the few copies that Triton makes of gradients.
+
+    Over borders of tiles, with the same bits each time, and 0 where no pixel of the output has part, but nowhere else.
     """
     if not backend.fused:
         pytest.skip("reference: F.interpolate is what it has")
+    # The last ones are larger in one dimension and smaller in the other: the output is larger than each of them.
+    large = ((40, 96), [(100, 7), (10, 200)]) if backend.interpreted else ((160, 480), [(400, 7), (20, 1000)])
     cases: list[tuple[tuple[int, int], list[tuple[int, int]], dict[str, Any]]] = [
         ((19, 12), [(30, 40), (25, 5), (9, 3)], {"dtype": torch.float64, "layout": "channels_last"}),
         ((12, 19), [(61, 30), (5, 23), (12, 50)], {"dtype": torch.bfloat16, "layout": "cropped"}),
         ((1, 5), [(3, 9), (4, 2), (1, 5)], {"dtype": torch.float64, "layout": "contiguous"}),
+        (*large, {"dtype": torch.float32, "layout": "contiguous"}),
     ]
     for number, (size, sizes, how) in enumerate(cases):
-        align_corners = number > 0
-        exits = make_exits(3, (1, 3, *size), sizes=sizes, device=backend.device, **how)
-        labels = make_labels((1, *size), 3, device=backend.device)
-        kwargs: dict[str, Any] = {"teachers": (0, 2), "temperature": 2.0, "size": size}
-        kwargs |= {"align_corners": align_corners, "detach_teacher": not align_corners}
+        channels, align_corners = 3, number in (1, 2)
+        exits = make_exits(len(sizes), (1, channels, *size), sizes=sizes, device=backend.device, **how)
+        labels = make_labels((1, *size), channels, device=backend.device)
+        kwargs: dict[str, Any] = {"size": size, "align_corners": align_corners}
+        enlarged = partial(_enlarged_sum, **kwargs)
+        touched = value_and_gradients(enlarged, [z.double() for z in exits])[1:]
+        kwargs |= {"labels": labels, "temperature": 2.0, "detach_teacher": not align_corners}
         factor = math.prod(size)
-        expected = partial(reference.exit_loss_matrix, labels=labels, **kwargs)
-        exact = value_and_gradients(expected, [z.double() for z in exits], "random", factor)
-        fused = partial(srf.exit_loss_matrix, labels=labels, backend=backend.name, **kwargs)
+        expected = partial(reference.self_regulation_loss, **kwargs)
+        exact = value_and_gradients(lambda e, f=expected: f(e).total, [z.double() for z in exits], "random", factor)
+
+        fused = partial(srf.self_regulation_loss, backend=backend.name, **kwargs)
+        run = partial(value_and_gradients, lambda e, f=fused: f(e).total, exits, "random", factor)
         with monkeypatch.context() as patch:
             patch.setattr("torch.nn.functional.interpolate", None)
-            actual, *again = (value_and_gradients(fused, exits, "random", factor) for _ in range(2 - align_corners))
+            actual = run()
+            with torch.profiler.profile(profile_memory=True) if sizes == large[1] else nullcontext() as profile:
+                again = run()
+        if sizes == large[1]:
+            most = max(max(e.self_cpu_memory_usage, e.self_device_memory_usage) for e in profile.events())
+            copies = 4 * sum(math.prod(s) for s in sizes) if backend.name == "triton" else 0
+            assert 0 < most < 4 * channels * (math.prod(size) + copies)
         wide = torch.float64 if how["dtype"] == torch.float64 else torch.float32
         assert_close(actual[0], exact[0], RELATIVE[wide], smallest(wide), "value")
-        for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        for i, (a, e, t) in enumerate(zip(actual[1:], exact[1:], touched, strict=True)):
             floor = smallest(how["dtype"]) + 64 * torch.finfo(wide).eps * max(1, math.prod(size) / math.prod(sizes[i]))
             assert_close(a, e, RELATIVE[how["dtype"]], floor, f"gradient of exit {i}")
-            assert not a[e == 0].any(), f"gradient of exit {i} where there is none"
-        assert all(torch.equal(a, b) for other in again for a, b in zip(actual, other, strict=True))
+            assert torch.equal(a != 0, t != 0), f"gradient of exit {i}: where it is 0"
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
 @pytest.mark.parametrize("detach_teacher", [True, False])
 @pytest.mark.parametrize("channels", [8, 24, 25, 33, 150, 300, 600])
 def test_every_number_of_channels(backend: Backend, channels: int, detach_teacher: bool, not_all: bool) -> None:
     """Rows of channels that stay in registers, are spread over warps or read block by block; an exit of full size."""
-    if not_all and channels not in (25, 150):
+    if not_all and (channels, detach_teacher) not in ((25, False), (150, True)):
         pytest.skip("triton, interpreted: one number that rows are held of, and one that they are not")
     if not backend.fused:
         pytest.skip("reference: F.interpolate rounds positions")
@@ -152,41 +166,6 @@ def test_every_number_of_channels(backend: Backend, channels: int, detach_teache
     for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
         floor = 64 * torch.finfo(torch.float32).eps / channels * math.prod(size) / math.prod(sizes[i])
         assert_close(a, e, RELATIVE[torch.float32], floor, f"gradient of exit {i}")
-
-
-def test_larger_exits_are_interpolated_in_the_kernels(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not beforehand, and no tensor of the output's size is allocated, but for the few copies that Triton makes of
-    gradients; the same bits at every run; 0 where no pixel is.
-
-    The exits are larger in one dimension and smaller in the other, so that the output is larger than each of them.
-    """
-    sizes, size = [(400, 7), (20, 1000)], (160, 480)
-    if backend.interpreted:
-        sizes, size = [(100, 7), (10, 200)], (40, 96)
-    if not backend.fused:
-        pytest.skip("reference: F.interpolate is what it has")
-    exits = make_exits(2, (1, 5, *size), sizes=sizes, device=backend.device)
-    labels = make_labels((1, *size), 5, device=backend.device)
-    touched = value_and_gradients(lambda e: sum(F.interpolate(z, size, mode="bilinear").sum() for z in e), exits)[1:]
-
-    def interpolate(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("F.interpolate was called")
-
-    def run() -> list[torch.Tensor]:
-        return value_and_gradients(
-            lambda e: srf.self_regulation_loss(e, labels, temperature=2.0, backend=backend.name).total, exits
-        )
-
-    monkeypatch.setattr(F, "interpolate", interpolate)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        first = run()
-    largest = max(max(e.self_cpu_memory_usage, e.self_device_memory_usage) for e in profile.events())
-    copies = 4 * sum(math.prod(s) for s in sizes) if backend.name == "triton" else 0
-    assert 0 < largest < 4 * 5 * (math.prod(size) + copies)
-    for one, two in zip(first, run(), strict=True):
-        assert torch.equal(one, two)
-    for gradient, weight in zip(first[1:], touched, strict=True):
-        assert torch.equal(gradient != 0, weight != 0)
 
 
 def test_masked_classes_stay_masked(backend: Backend) -> None:

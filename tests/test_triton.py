@@ -24,6 +24,8 @@ if find_spec("triton") is None:
 
 Report = dict[str, Any]
 
+PARTS = 2  # of LAUNCHES, which may compile beside each other
+
 EIGHTH: Report = {"size": (2, 64, 128), "exit_sizes": [(8, 16)] * 5}
 
 PYRAMID: Report = {"size": (2, 64, 128), "exit_sizes": [(2, 4), (4, 8), (8, 16), (16, 32), (64, 128)]}
@@ -58,48 +60,39 @@ LAUNCHES: dict[str, Report] = {
 }
 
 
-@pytest.fixture(scope="session")
-def compiled() -> dict[str, list[Report]]:
-    return _in_a_process_of_its_own("launches")
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+def test_nothing_is_spilled(part: int) -> None:
     """No kernel of a training step keeps registers in memory."""
-    kernels = compiled[name]
-    assert any(k["kernel"].startswith("exit_") for k in kernels)
-    for k in kernels:
-        print(f"{name}: {k['kernel']}: {k['registers']} registers, {k['shared']} bytes shared")
-        assert k["stack"] == 0, k
+    for name, kernels in _in_a_process_of_its_own("launches", part).items():
+        assert any(k["kernel"].startswith("exit_") for k in kernels)
+        for k in kernels:
+            print(f"{name}: {k['kernel']}: {k['registers']} registers, {k['shared']} bytes shared")
+            assert k["stack"] == 0, (name, k)
 
 
-def test_crops_of_any_size_need_no_further_compilation() -> None:
-    """20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights."""
-    for counts in _in_a_process_of_its_own("crops"):  # of exits of the output's size; of exits of an eighth of it
+@pytest.mark.long
+def test_few_kernels_are_compiled() -> None:
+    """Crops of 20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights need
+    no others; after `warmup`, a step on real sizes compiles nothing. And strides of 2^31 elements and more are kept."""
+    found = _in_a_process_of_its_own("counts")
+    for counts in found["crops"]:  # of exits of the output's size; of exits of an eighth of it
         assert counts["exit_rows_kernel"] >= 1
         assert all(count <= 3 for count in counts.values()), counts
-
-
-def test_warmup_compiles_what_a_step_needs() -> None:
-    """After `warmup`, a step on real sizes compiles nothing."""
-    before, after = _in_a_process_of_its_own("warmup")
+    before, after = found["warmup"]
     assert before["exit_rows_kernel"] == 2
     assert before == after
+    assert found["strides"] == {"near": False, "far": True, "far_image": False}
 
 
-def test_strides_beyond_32_bits_are_kept() -> None:
-    """Offsets of 2^31 elements and more: what the launcher tells the kernel."""
-    assert _in_a_process_of_its_own("strides") == {"near": False, "far": True, "far_image": False}
-
-
-def _in_a_process_of_its_own(task: str) -> Any:
+def _in_a_process_of_its_own(*task: Any) -> Any:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [p for p in sys.path if p and Path(p).is_dir()]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     with tempfile.TemporaryDirectory() as cache:
         environment.setdefault("TRITON_CACHE_DIR", cache)
         run = subprocess.run(
-            [sys.executable, __file__, task], env=environment, capture_output=True, text=True, timeout=600
+            [sys.executable, __file__, *map(str, task)], env=environment, capture_output=True, text=True, timeout=1800
         )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
@@ -212,11 +205,15 @@ def _resources(binary: Any) -> Report:
     return {"registers": numbers["REG"], "stack": numbers["STACK"], "shared": binary.metadata.shared}
 
 
-def _launches(launchers: Any) -> dict[str, list[Report]]:
+def _forget(launchers: Any) -> None:
+    for kernel in _kernels(launchers).values():
+        kernel.device_caches.clear()
+
+
+def _launches(launchers: Any, part: str) -> dict[str, list[Report]]:
     result, known = {}, {}
-    for name, launch in LAUNCHES.items():
-        for kernel in _kernels(launchers).values():
-            kernel.device_caches.clear()
+    for name, launch in list(LAUNCHES.items())[int(part) :: PARTS]:
+        _forget(launchers)
         _step(launchers, **{"size": (2, 32, 64), **launch})
         for _, binary in _binaries(launchers):
             if binary.hash not in known:
@@ -233,8 +230,7 @@ def _crops(launchers: Any) -> list[dict[str, int]]:
     sizes += [(4, 128, 128), (2, 1, 1), (1, 16, 16), (16, 3, 1)]
     result = []
     for part in (1, 8):
-        for kernel in _kernels(launchers).values():
-            kernel.device_caches.clear()
+        _forget(launchers)
         for i, size in enumerate(sizes):
             exit_size = tuple(-(-d // part) for d in size[1:])
             options = {"ignore_index": 255 - i, "weight": 0.1 * i, "temperature": 1.5 + i}
@@ -244,12 +240,17 @@ def _crops(launchers: Any) -> list[dict[str, int]]:
 
 
 def _warmup(launchers: Any) -> list[dict[str, int]]:
+    _forget(launchers)
     launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu")
     launchers.warmup(21, 5, dtype=_dtype("bfloat16"), device="cpu", output_stride=8)
     before = _counts(launchers)
     _step(launchers, (3, 97, 64), 21, "bfloat16")
     _step(launchers, (3, 193, 128), 21, "bfloat16", exit_sizes=[(25, 16)] * 5)
     return [before, _counts(launchers)]
+
+
+def _counts_of_all(launchers: Any) -> dict[str, Any]:
+    return {"crops": _crops(launchers), "warmup": _warmup(launchers), "strides": _strides(launchers)}
 
 
 def _dtype(name: str) -> Any:
@@ -271,5 +272,5 @@ def _strides(launchers: Any) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    tasks = {"launches": _launches, "crops": _crops, "warmup": _warmup, "strides": _strides}
-    print(json.dumps(tasks[sys.argv[1]](_compile_only())))
+    tasks = {"launches": _launches, "counts": _counts_of_all}
+    print(json.dumps(tasks[sys.argv[1]](_compile_only(), *sys.argv[2:])))
