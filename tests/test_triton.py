@@ -1,7 +1,8 @@
 """The Triton kernels as a GPU would get them: compiled for sm_90 on any machine, without spills, once for all sizes.
 
 Their results are compared with the reference in the other files, on a GPU or in Triton's interpreter. Here a process of
-its own runs the real launchers on CPU tensors, with a driver that compiles for an H100 and launches nothing.
+its own runs the real launchers on CPU tensors, with a driver that compiles for an H100 and launches nothing, or
+executes the machine code.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import pytest
+from machine_code import Case
+
+from benchmarks.counted import on_triton
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -73,6 +79,11 @@ def test_nothing_is_spilled(compiled: dict[str, list[Report]], name: str) -> Non
         assert k["stack"] == 0, k
 
 
+def test_machine_code_computes() -> None:
+    """What has been compiled for sm_90, in float32, is executed, instruction by instruction."""
+    _in_a_process_of_its_own("computes")
+
+
 def test_crops_of_any_size_need_no_further_compilation() -> None:
     """20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights."""
     for counts in _in_a_process_of_its_own("crops"):  # of exits of the output's size; of exits of an eighth of it
@@ -106,34 +117,6 @@ def _in_a_process_of_its_own(task: str) -> Any:
 
 
 # ------------------------------------------------------------------------------------------- in the other process
-
-
-def _compile_only() -> Any:
-    """Makes every launch a compilation for sm_90. Returns the module of the launchers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    class Driver:
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    driver.set_active(Driver())
-    run = JITFunction.run
-
-    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    JITFunction.run = compile_it  # type: ignore[method-assign]
-    import selfreg_fast.triton as launchers
-
-    return launchers
 
 
 def _kernels(launchers: Any) -> dict[str, Any]:
@@ -252,6 +235,22 @@ def _warmup(launchers: Any) -> list[dict[str, int]]:
     return [before, _counts(launchers)]
 
 
+# A pixel a thread, in either layout; a pixel over lanes, over warps; exits resized, of sizes that differ; a larger one.
+MACHINE_CODE = (
+    Case("planes", (1, 5, 7, 20), ((7, 20),) * 3, (0, 2)),
+    Case("rows", (1, 5, 7, 19), ((7, 19),) * 2, (1,), channels_last=True),
+    Case("lanes", (1, 40, 4, 9), ((4, 9),) * 2, (0,), channels_last=True),
+    Case("warps", (1, 150, 3, 11), ((3, 11),) * 2, (1,)),
+    Case("resized", (1, 5, 12, 20), ((6, 10), (3, 5), (12, 20)), (0, 2)),
+    Case("larger", (1, 5, 12, 16), ((16, 20),) * 2, (0,)),
+)
+
+
+def _computes(launchers: Any) -> None:
+    for case in MACHINE_CODE:
+        machine_code.check(case, partial(on_triton.objective, launchers, case))
+
+
 def _dtype(name: str) -> Any:
     import torch
 
@@ -271,5 +270,6 @@ def _strides(launchers: Any) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    tasks = {"launches": _launches, "crops": _crops, "warmup": _warmup, "strides": _strides}
-    print(json.dumps(tasks[sys.argv[1]](_compile_only())))
+    tasks = {"launches": _launches, "crops": _crops, "warmup": _warmup, "strides": _strides, "computes": _computes}
+    handle = on_triton.execute if sys.argv[1] == "computes" else lambda *launch: None
+    print(json.dumps(tasks[sys.argv[1]](on_triton.launchers(handle))))
