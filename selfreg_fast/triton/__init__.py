@@ -233,7 +233,7 @@ def row_tiles(C: int, vector: int, held: int, order: int, plain: bool) -> dict[s
     if order == ROWS and held * C > 96:
         order = CHANNELS
     if order == ROWS:
-        channels = triton.next_power_of_2(C)
+        channels, warps = triton.next_power_of_2(C), 2  # a single one would exchange by shuffles, and spill
     elif order == CHANNELS:
         groups = channels = 8 if held * triton.cdiv(C, 8) <= 128 else 32
     elif held * C <= 128:
