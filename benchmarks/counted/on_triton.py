@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import math
 import struct
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from . import sass
@@ -137,6 +139,11 @@ def objective(
     return losses, float(total), gradients
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Which take no memory until they are written to: torch.zeros writes them."""
+    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
+
+
 class Counted:
     """The main kernels' launches. One in a process."""
 
@@ -154,12 +161,15 @@ class Counted:
     def launch(self, case: Case, dtype: str) -> tuple[str, Launch, Memory, int]:
         """The kernel's name, the launch, its memory, and the output pixels x channels x exits of a program.
 
-        Of the tensors, which are large, no memory is taken until it is written to; all is read as 0.
+        All logits and labels are 0.
         """
         B, C, H, W = case.shape
-        layout = torch.channels_last if case.channels_last else torch.contiguous_format
-        exits = [torch.empty((B, C, *size), dtype=getattr(torch, dtype), memory_format=layout) for size in case.sizes]
-        labels = torch.empty((B, H, W), dtype=torch.int64) if case.labels else None
+        kind = getattr(torch, dtype)
+        if case.channels_last:
+            exits = [_zeros((B, *size, C), kind).movedim(-1, 1) for size in case.sizes]
+        else:
+            exits = [_zeros((B, C, *size), kind) for size in case.sizes]
+        labels = _zeros((B, H, W), torch.int64) if case.labels else None
         objective(self.launchers, case, exits, labels)
         kernel, binary, grid, values = self.main
         it = launch(kernel, binary, grid, values)
