@@ -9,16 +9,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import machine_code
 import on_host
 import pytest
-import torch
 from machine_code import Case, Compiled
-from support import RELATIVE, assert_close, make_exits, make_labels, smallest
-
-from selfreg_fast import reference
 
 NVCC = shutil.which("nvcc")
 # One front end for both architectures: the second line is the PTX that newer GPUs compile for themselves.
@@ -65,7 +62,7 @@ def test_kernels_compile_and_compute(tmp_path: Path) -> None:
         (tmp_path / f"{unit[0]}{''.join(unit[1])}.fatbin").rename(tmp_path / f"{name}.cubin")
     compiled = Compiled("float32", tmp_path)
     for case in MACHINE_CODE:
-        _check_machine_code(compiled, case)
+        machine_code.check(case, partial(machine_code.of_cuda, compiled, case))
 
 
 # A tile and a part of one; a pixel a thread, over lanes, over warps; resized.
@@ -76,28 +73,6 @@ MACHINE_CODE = (
     Case("warps", (1, 150, 3, 11), ((3, 11),) * 3, (2,)),
     Case("resized", (1, 21, 12, 20), ((6, 10), (3, 5), (12, 20)), (0, 2)),
 )
-
-
-def _check_machine_code(compiled: Compiled, case: Case) -> None:
-    B, C, H, W = case.shape
-    exits = [make_exits(1, (B, C, h, w), seed=e)[0] for e, (h, w) in enumerate(case.sizes)]
-    labels = make_labels((B, H, W), C)
-    rows = [z.movedim(1, -1).contiguous() if case.channels_last else z for z in exits]
-    losses, total, actual = machine_code.exit_loss(compiled, case, rows, labels)
-    if case.channels_last:
-        actual = [g.movedim(-1, 1) for g in actual]
-    inputs = [z.double().requires_grad_() for z in exits]
-    exact = reference.exit_loss_matrix(
-        inputs, labels, teachers=case.teachers, temperature=case.temperature, size=(H, W)
-    )
-    weights = torch.ones_like(exact)
-    weights[0] = 0.8
-    exact_total = (weights * exact).sum()
-    assert_close(losses, exact.detach(), RELATIVE[torch.float32], smallest(torch.float32), f"{case.name}: losses")
-    assert abs(total - float(exact_total.detach())) < RELATIVE[torch.float32] * float(exact_total.detach())
-    for e, (g, z) in enumerate(zip(actual, torch.autograd.grad(exact_total, inputs), strict=True)):
-        pixels = B * H * W
-        assert_close(g * pixels, z * pixels, RELATIVE[torch.float32], smallest(torch.float32), f"{case.name}: exit {e}")
 
 
 def _shape(kernel: str) -> str:

@@ -1,7 +1,8 @@
 """The Triton kernels as a GPU would get them: compiled for sm_90 on any machine, without spills, once for all sizes.
 
 Their results are compared with the reference in the other files, on a GPU or in Triton's interpreter. Here a process of
-its own runs the real launchers on CPU tensors, with a driver that compiles for an H100 and launches nothing.
+its own runs the real launchers on CPU tensors, with a driver that compiles for an H100 and launches nothing, or
+executes the machine code.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import machine_code
 import pytest
+from machine_code import Case
+
+from benchmarks.counted import on_triton
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -72,6 +78,12 @@ def test_nothing_is_spilled(part: int) -> None:
 
 
 @pytest.mark.long
+def test_machine_code_computes() -> None:
+    """What has been compiled for sm_90, in float32, is executed, instruction by instruction."""
+    _in_a_process_of_its_own("computes")
+
+
+@pytest.mark.long
 def test_few_kernels_are_compiled() -> None:
     """Crops of 20 sizes, even, odd and 1, of two batch sizes, with other ignored labels, temperatures and weights need
     no others; after `warmup`, a step on real sizes compiles nothing. And strides of 2^31 elements and more are kept."""
@@ -99,34 +111,6 @@ def _in_a_process_of_its_own(*task: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------- in the other process
-
-
-def _compile_only() -> Any:
-    """Makes every launch a compilation for sm_90. Returns the module of the launchers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    class Driver:
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    driver.set_active(Driver())
-    run = JITFunction.run
-
-    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    JITFunction.run = compile_it  # type: ignore[method-assign]
-    import selfreg_fast.triton as launchers
-
-    return launchers
 
 
 def _kernels(launchers: Any) -> dict[str, Any]:
@@ -253,6 +237,22 @@ def _counts_of_all(launchers: Any) -> dict[str, Any]:
     return {"crops": _crops(launchers), "warmup": _warmup(launchers), "strides": _strides(launchers)}
 
 
+# A pixel a thread, in either layout; a pixel over lanes, over warps; exits resized, of sizes that differ; a larger one.
+MACHINE_CODE = (
+    Case("planes", (1, 5, 7, 20), ((7, 20),) * 3, (0, 2)),
+    Case("rows", (1, 5, 7, 19), ((7, 19),) * 2, (1,), channels_last=True),
+    Case("lanes", (1, 40, 4, 9), ((4, 9),) * 2, (0,), channels_last=True),
+    Case("warps", (1, 150, 3, 11), ((3, 11),) * 2, (1,)),
+    Case("resized", (1, 5, 12, 20), ((6, 10), (3, 5), (12, 20)), (0, 2)),
+    Case("larger", (1, 5, 12, 16), ((16, 20),) * 2, (0,)),
+)
+
+
+def _computes(launchers: Any) -> None:
+    for case in MACHINE_CODE:
+        machine_code.check(case, partial(on_triton.objective, launchers, case))
+
+
 def _dtype(name: str) -> Any:
     import torch
 
@@ -272,5 +272,6 @@ def _strides(launchers: Any) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    tasks = {"launches": _launches, "counts": _counts_of_all}
-    print(json.dumps(tasks[sys.argv[1]](_compile_only(), *sys.argv[2:])))
+    tasks = {"launches": _launches, "counts": _counts_of_all, "computes": _computes}
+    handle = on_triton.execute if sys.argv[1] == "computes" else lambda *launch: None
+    print(json.dumps(tasks[sys.argv[1]](on_triton.launchers(handle), *sys.argv[2:])))

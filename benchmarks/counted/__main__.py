@@ -1,4 +1,6 @@
-"""Counts, for one block of each case, what its warps issue; no GPU is needed, nvcc is. `--help` says the rest.
+"""Counts, for one block of each case, what its warps issue; no GPU is needed. `--help` says the rest.
+
+The CUDA kernels are compiled by nvcc, the Triton kernels by what Triton brings along.
 
 From the counts, with the numbers of an H200, follow two times that the kernel cannot beat: that of the instructions,
 four of which a multiprocessor issues a cycle, and that of the memory, each exit read and each gradient written once.
@@ -12,13 +14,15 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from . import kernels, sass
+from . import kernels, on_triton, sass
 from .kernels import Case
 
 # Of an H200: multiprocessors, clock under load in Hz, and what a copy reaches of its 4.8 TB/s in bytes/s. The clock and
@@ -44,7 +48,7 @@ CASES = (
     _eighth("objective, 3 exits of 1/8", (4, 19, 1024, 2048), 3, (0, 2)),
 )
 FIELDS = (
-    "commit,nvcc,case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,"
+    "commit,compiler,case,dtype,shape,exits,kernel,registers,shared_bytes,blocks,warps_per_sm,"
     "instructions,issue_ms,memory_ms,mix"
 )
 
@@ -87,55 +91,83 @@ def count(compiled: kernels.Compiled, case: Case) -> dict[str, Any]:
     memory = Memory(case, compiled.dtype)
     program = sass.Program(main.kernel, main.parameters, main.grid, main.block, memory.load, memory.store)
     issued = program.run((main.grid[0] // 2, 0))
+    (version,) = re.findall(r"V([\d.]+)", kernels.printed(["nvcc", "--version"]))
+    name = kernels.key(main.kernel.symbol)
+    return _row(case, compiled.dtype, f"nvcc {version}", name, main, issued, memory.elements())
+
+
+def count_triton(launches: on_triton.Counted, case: Case, dtype: str) -> dict[str, Any]:
+    import triton
+
+    name, main, memory, elements = launches.launch(case, dtype)
+    program = sass.Program(main.kernel, main.parameters, main.grid, main.block, memory.load, memory.store)
+    issued = program.run((main.grid[0] // 2,))
+    return _row(case, dtype, f"triton {triton.__version__}", name, main, issued, elements)
+
+
+def _row(
+    case: Case, dtype: str, compiler: str, name: str | None, main: kernels.Launch, issued: Counter[str], elements: int
+) -> dict[str, Any]:
+    """Of what was `issued` for so many `elements`, output pixels x channels x exits."""
     warps = main.block[0] * main.block[1] // 32
-    per_element = warps * 32 / memory.elements()
+    per_element = warps * 32 / elements
     instructions = sum(issued.values()) * per_element
     B, C, H, W = case.shape
-    elements = B * C * H * W * len(case.sizes)
-    moved = 2 * sum(B * C * h * w for h, w in case.sizes) * memory.itemsize
+    virtual = B * C * H * W * len(case.sizes)
+    moved = 2 * sum(B * C * h * w for h, w in case.sizes) * kernels.ITEMSIZE[dtype]
     registers = (main.kernel.registers + 7) // 8 * 8
-    resident = min(65536 // (registers * 32) // warps, (228 << 10) // (main.shared_bytes + 1024), 64 // warps)
-    mix = Counter({name: round(n * per_element, 2) for name, n in issued.items()})
+    resident = min(65536 // (registers * 32) // warps, (228 << 10) // (main.shared_bytes + 1024), 64 // warps, 32)
+    mix = Counter({operation: round(n * per_element, 2) for operation, n in issued.items()})
     return {
         "commit": kernels.printed(["git", "-C", str(kernels.ROOT), "describe", "--always", "--dirty"]).strip(),
-        "nvcc": re.findall(r"V([\d.]+)", kernels.printed(["nvcc", "--version"]))[0],
+        "compiler": compiler,
         "case": case.name,
-        "dtype": compiled.dtype,
+        "dtype": dtype,
         "shape": "x".join(map(str, case.shape)),
         "exits": len(case.sizes),
-        "kernel": kernels.key(main.kernel.symbol),
+        "kernel": name,
         "registers": main.kernel.registers,
         "shared_bytes": main.shared_bytes,
         "blocks": main.grid[0],
         "warps_per_sm": resident * warps,
         "instructions": round(instructions, 1),
-        "issue_ms": round(elements * instructions / 32 / (4 * MULTIPROCESSORS * CLOCK) * 1e3, 4),
+        "issue_ms": round(virtual * instructions / 32 / (4 * MULTIPROCESSORS * CLOCK) * 1e3, 4),
         "memory_ms": round(moved / BANDWIDTH * 1e3, 4),
-        "mix": " ".join(f"{name}:{n:g}" for name, n in mix.most_common(12)),
+        "mix": " ".join(f"{operation}:{n:g}" for operation, n in mix.most_common(12)),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description=__doc__)
     parser.add_argument("--cases", default="", help="those whose names contain this")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], choices=["cuda", "triton"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(kernels.DTYPES))
     parser.add_argument("--out", type=Path, help="a CSV file to write")
     parser.add_argument("--build", type=Path, default=kernels.ROOT / "build" / "counted", help="where to compile")
     options = parser.parse_args()
     console = Console()
     rows = []
+    cases = [case for case in CASES if options.cases in case.name]
+    triton_launches = on_triton.Counted() if "triton" in options.backends else None
+
+    def counted(counts: Callable[[], dict[str, Any]]) -> None:
+        begin = time.perf_counter()
+        rows.append(row := counts())
+        said = f"{row['case']}, {row['dtype']}, {row['compiler']}: {row['instructions']}"
+        console.print(f"{said} ({time.perf_counter() - begin:.0f} s)")
+
     for dtype in options.dtypes:
-        console.print(f"compiling {dtype}, if it has not been: some minutes")
-        compiled = kernels.Compiled(dtype, options.build / f"{dtype}-{kernels.sources()}")
-        for case in CASES:
-            if options.cases not in case.name:
-                continue
-            begin = time.perf_counter()
-            rows.append(count(compiled, case))
-            console.print(f"{case.name}, {dtype}: {rows[-1]['instructions']} ({time.perf_counter() - begin:.0f} s)")
+        if "cuda" in options.backends:
+            console.print(f"compiling {dtype}, if it has not been: some minutes")
+            compiled = kernels.Compiled(dtype, options.build / f"{dtype}-{kernels.sources()}")
+            for case in cases:
+                counted(partial(count, compiled, case))
+        if triton_launches:
+            for case in cases:
+                counted(partial(count_triton, triton_launches, case, dtype))
     table = Table(title="instructions: of a thread, per output pixel, channel and exit")
     fields = FIELDS.split(",")
-    shown = [name for name in fields if name not in ("commit", "nvcc", "kernel", "mix")]
+    shown = [name for name in fields if name not in ("commit", "kernel", "mix")]
     for name in shown:
         table.add_column(name.replace("_", " "))
     for row in rows:

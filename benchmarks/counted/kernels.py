@@ -38,7 +38,7 @@ class Case:
 
 class Launch(NamedTuple):
     kernel: sass.Kernel
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     block: tuple[int, int]
     shared_bytes: int
     parameters: bytes

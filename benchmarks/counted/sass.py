@@ -74,7 +74,7 @@ def _operands(text: str) -> list[str]:
 
 
 def _instructions(code: str) -> list[Instruction]:
-    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[T0-9])\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*?)\s*;")
+    line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[T0-9])\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*?)\s*;")
     return [Instruction(int(at, 16), guard, name, _operands(text)) for at, guard, name, text in line.findall(code)]
 
 
@@ -249,9 +249,9 @@ def put_predicate(target: str, value: str) -> str:
 
 # ---- instructions as Python statements ------------------------------------------------------------------------------
 
-NOTHING = {"NOP", "YIELD", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "BREAK"}
+NOTHING = {"NOP", "YIELD", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "BREAK", "FENCE", "WARPGROUP"}
 JUMPS = {"BRA", "CALL", "RET", "EXIT"}
-MEETINGS = {"BAR", "SHFL", "VOTE", "VOTEU", "BSSY", "BSYNC"}
+MEETINGS = {"BAR", "SHFL", "VOTE", "VOTEU", "REDUX", "BSSY", "BSYNC", "LDSM", "STSM", "HGMMA"}
 COMPARISONS = {"LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "EQ": "==", "NE": "!="}
 
 
@@ -261,7 +261,7 @@ def statements(i: Instruction) -> list[str]:
     if operation in NOTHING:
         return []
     # The uniform datapath's instructions are those of all lanes; ULDC, UMOV, ... with registers U.
-    uniform = re.fullmatch(r"U(LDC|MOV|IADD3|IMAD|LEA|LOP3|SHF|ISETP|SEL|PRMT|FLO|POPC|BREV|PLOP3)", operation)
+    uniform = re.fullmatch(r"U(LDC|MOV|IADD3|IMAD|LEA|LOP3|SHF|ISETP|SEL|PRMT|FLO|POPC|BREV|PLOP3|SGXT)", operation)
     translate = TRANSLATIONS.get(uniform[1] if uniform else operation)
     if translate is None:
         raise NotImplementedError(f"{i.name} {', '.join(o)}")
@@ -292,12 +292,11 @@ def _multiply_add(flags: list[str], o: list[str]) -> list[str]:
     target, out, (x, y, z), carries = _carries(o, flags)
     number = (lambda e: f"({integer(e)}&{MASK})") if "U32" in flags else signed
     if "WIDE" in flags or "HI" in flags:  # z has two words, too
-        lines = [f"t={number(x)}*{number(y)}+({bits(z)}|{bits(z, 1)}<<32){carries}"]
-        if "HI" in flags:
-            return [*lines, put(target, f"t>>32&{MASK}")]
-        return [*lines, put(target, f"t&{MASK}"), put(target, f"t>>32&{MASK}", 1)] + [
-            put_predicate(p, "t>>64!=0") for p in out
-        ]
+        sign, z = ("-", z[1:]) if re.match("-U?R", z) else ("+", z)
+        lines = [f"t={number(x)}*{number(y)}{sign}({bits(z)}|{bits(z, 1)}<<32){carries}"]
+        words = [("t>>32", 0)] if "HI" in flags else [("t", 0), ("t>>32", 1)]
+        lines += [put(target, f"{word}&{MASK}", further) for word, further in words]
+        return lines + [put_predicate(p, "t>>64!=0") for p in out]
     return [f"t={integer(x)}*{integer(y)}+{integer(z)}{carries}", put(target, f"t&{MASK}")]
 
 
@@ -325,6 +324,12 @@ def _shift(flags: list[str], o: list[str]) -> list[str]:
     else:
         value = f"{both}>>{by}"
     return [put(target, f"({value})&{MASK}")]
+
+
+def _extend(flags: list[str], o: list[str]) -> list[str]:
+    """Sign or zero extension from so many bits."""
+    lines = [f"t=(1<<{bits(o[2])})-1", f"x={bits(o[1])}&t"]
+    return [*lines, put(o[0], "x" if "U32" in flags else f"(x|{MASK}&~t if x>t>>1 else x)")]
 
 
 def _logic(flags: list[str], o: list[str]) -> list[str]:
@@ -452,15 +457,17 @@ def _words(flags: list[str]) -> tuple[int, int]:
     return 4 if "128" in flags else 2 if "64" in flags else 1, size
 
 
-def _pointer(operand: str) -> str:
-    """Of "[R2.64+0x10]", or "desc[UR4][R2.64+0x10]"."""
-    return address(operand[operand.rindex("[") + 1 : -1])
+def _pointer(operand: str, function: str) -> str:
+    """Of "[R2.64+0x10]", or "desc[UR4][R2.64+0x10]"; addresses of shared memory have 32 bits."""
+    at = address(operand[operand.rindex("[") + 1 : -1])
+    return f"{at}&{MASK}" if function.endswith("shared") else at
 
 
 def _load(function: str) -> Callable[[list[str], list[str]], list[str]]:
     def translate(flags: list[str], o: list[str]) -> list[str]:
         words, size = _words(flags)
-        return [f"t={_pointer(o[1])}"] + [put(o[0], f"{function}(t+{4 * k},{size})", k) for k in range(words)]
+        at = f"t={_pointer(o[1], function)}"
+        return [at] + [put(o[0], f"{function}(t+{4 * k},{size})", k) for k in range(words)]
 
     return translate
 
@@ -468,7 +475,7 @@ def _load(function: str) -> Callable[[list[str], list[str]], list[str]]:
 def _store(function: str) -> Callable[[list[str], list[str]], list[str]]:
     def translate(flags: list[str], o: list[str]) -> list[str]:
         words, size = _words(flags)
-        return [f"t={_pointer(o[0])}"] + [
+        return [f"t={_pointer(o[0], function)}"] + [
             f"{function}(t+{4 * k},{size},{register(o[1], k) or 0})" for k in range(words)
         ]
 
@@ -492,6 +499,7 @@ TRANSLATIONS: dict[str, Callable[[list[str], list[str]], list[str]]] = {
     "VIADD": _add,
     "IMAD": _multiply_add,
     "LEA": _shift_add,
+    "SGXT": _extend,
     "SHF": _shift,
     "LOP3": _logic,
     "PLOP3": _predicate_logic,
@@ -564,14 +572,14 @@ class Program:
         self,
         kernel: Kernel,
         parameters: bytes,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         block: tuple[int, int],
         load: Callable[[int, int], int],
         store: Callable[[int, int, int], None],
     ) -> None:
         self.code, self.block = kernel.code, block
         memory = bytearray(PARAMETERS + len(parameters) + 64)
-        struct.pack_into("<6I", memory, 0, *block, 1, *grid, 1)
+        struct.pack_into("<6I", memory, 0, *block, 1, *(*grid, 1, 1)[:3])
         memory[PARAMETERS : PARAMETERS + len(parameters)] = parameters
         self.shared: dict[int, int] = {}  # words
         unset = 0x7FFFFFFF  # NaN
@@ -636,11 +644,12 @@ class Program:
         piece: Callable[..., int] = self.names["piece"]
         return piece
 
-    def run(self, number: tuple[int, int]) -> collections.Counter[str]:
+    def run(self, number: tuple[int, ...]) -> collections.Counter[str]:
         """Executes a block of the grid. How often a warp issued each operation, on average."""
         columns, rows = self.block
         self.shared.clear()
-        special = {"SR_CTAID.X": number[0], "SR_CTAID.Y": number[1], "SR_SWINHI": SHARED_WINDOW >> 32}
+        special = {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", number, strict=False)}
+        special["SR_SWINHI"] = SHARED_WINDOW >> 32
         threads = [
             Thread(n % 32, {**special, "SR_TID.X": n % columns, "SR_TID.Y": n // columns, "SR_LANEID": n % 32})
             for n in range(columns * rows)
@@ -682,6 +691,12 @@ class Program:
                     _shuffle(i, group)
                 elif i.operation in ("VOTE", "VOTEU"):
                     _vote(i, group)
+                elif i.operation == "REDUX":
+                    _reduce(i, group)
+                elif i.operation in ("LDSM", "STSM"):
+                    _matrices(i, group, self.names["load_shared"], self.names["store_shared"])
+                elif i.operation == "HGMMA":
+                    _multiply_matrices(i, group, self.names["load_shared"])
                 for t in group:
                     t.at = self.ends[at]
                 continue
@@ -748,3 +763,55 @@ def _vote(i: Instruction, group: Iterable[Thread]) -> None:
             else:
                 ballot = sum(1 << lane for lane, yes in said.items() if yes)
                 (uniform if target[0] == "U" else registers)[_number(target)] = ballot
+
+
+def _reduce(i: Instruction, group: list[Thread]) -> None:
+    assert i.name == "REDUX.MAX.S32", i.name
+    target, source = i.operands
+    result = max((t.state[0][_number(source)] for t in group), key=s32)
+    for t in group:
+        t.state[1][_number(target)] = result
+
+
+def _matrices(i: Instruction, group: list[Thread], load: Callable[..., int], store: Callable[..., None]) -> None:
+    """Loads or stores matrices of 8 x 4 words: the n-th 8 lanes have the n-th one's rows' addresses, and a lane a word
+    of each."""
+    assert len(group) == 32 and ".16.M88." in i.name, i.name
+    place, target = i.operands if i.operation == "STSM" else i.operands[::-1]
+    at = eval(f"lambda R,U: {_pointer(place, 'shared')}")
+    rows = [at(t.state[0], t.state[1]) for t in group]
+    for n in range(int(i.name[-1])):
+        for lane, t in enumerate(group):
+            word, register = rows[8 * n + lane // 4] + 4 * (lane % 4), _number(target) + n
+            if i.operation == "STSM":
+                store(word, 4, t.state[0][register])
+            else:
+                t.state[0][register] = load(word, 4)
+
+
+def _multiply_matrices(i: Instruction, group: list[Thread], load: Callable[..., int]) -> None:
+    """A warp's 16 rows of a 64 x N matrix of sums of tf32 products: (16 x 8 in registers) (8 x N in shared memory)."""
+    columns = int(re.fullmatch(r"HGMMA\.64x(\d+)x8\.F32\.TF32", i.name)[1])  # type: ignore[index]
+    target, left, descriptor, added = i.operands[:4]
+    registers = [t.state[0] for t in group]
+    uniform, place = group[0].state[1], _number(descriptor)
+    low, high = uniform[place + 2], uniform[place + 3]  # before them, the left matrix's, were it in shared memory
+    begin, pitch, swizzle = (low & 0x3FFF) << 4, (high & 0x3FFF) << 4, high >> 30
+    row_bytes = {1: 128, 2: 64, 3: 32}[swizzle]
+
+    def right(n: int, k: int) -> float:
+        at = begin + n // 8 * pitch + n % 8 * row_bytes + 4 * k
+        return f32(load(at ^ (at >> 3 & row_bytes - 16), 4) & -8192)
+
+    b = [[right(n, k) for k in range(8)] for n in range(columns)]
+    first = _number(left)
+    for lane, R in enumerate(registers):
+        for half in range(2):
+            quad = registers[lane & ~3 : (lane | 3) + 1]
+            a = [f32(quad[k % 4][first + half + k // 4 * 2] & -8192) for k in range(8)]
+            for n in range(columns // 8):
+                for odd in range(2):
+                    sums = math.fsum(x * y for x, y in zip(a, b[8 * n + lane % 4 * 2 + odd], strict=True))
+                    to = 4 * n + 2 * half + odd
+                    sums += 0.0 if added == "RZ" else f32(R[_number(added) + to])
+                    R[_number(target) + to] = u32(sums)

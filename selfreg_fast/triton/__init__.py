@@ -228,18 +228,20 @@ def row_tiles(C: int, vector: int, held: int, order: int, plain: bool) -> dict[s
     `groups` threads of neighbouring lanes (channels adjacent) or of as many (half) warps (pixels adjacent), a part.
     """
     channels, groups, each, warps = 1, 1, 1, 4
+    held = max(2, held)  # where nobody teaches logits and exponentials, too
     limits = {}
     if order == ROWS and held * C > 96:
         order = CHANNELS
     if order == ROWS:
-        channels = triton.next_power_of_2(C)
+        channels, warps = triton.next_power_of_2(C), 2  # a single one would exchange by shuffles, and spill
     elif order == CHANNELS:
         groups = channels = 8 if held * triton.cdiv(C, 8) <= 128 else 32
     elif held * C <= 128:
-        each = max(v for v in (1, 2, 4) if v <= vector and held * C * v <= 128)
+        # Pixels have numbers besides their rows: four leave less room for these.
+        each = max(v for v in (1, 2, 4) if v <= vector and held * C * v <= (72 if v == 4 else 128))
         warps = 1
         if plain:  # as many registers as it needs, not as many as there are; with weights it needs more
-            limits = {"maxnreg": 128 if held * C * each <= 64 else 184}
+            limits = {"maxnreg": 128 if held * C * each <= (64 if each == 1 else 48) else 184}
     else:
         while held * triton.cdiv(C, groups) > 80 and groups < 32:
             groups *= 2

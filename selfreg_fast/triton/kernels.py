@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import resize
-from .resize import picked, row_of
+from .resize import picked, row_of, widened
 
 RAW = tl.constexpr(0)  # sigma(t)^(1/tau), of temperature 1 too
 RENORMALIZED = tl.constexpr(1)  # softmax(t / tau)
@@ -161,7 +161,7 @@ def _row(
     for k in tl.static_range(K):
         if ORDER == ROWS:  # read side by side, then exchanged in shared memory: a thread a pixel
             at = tl.arange(0, BP * BC)
-            side_by_side = tl.load(exit + at, mask=(at < room) & (at < BP * LAST)).to(A)
+            side_by_side = widened(tl.load(exit + at, mask=(at < room) & (at < BP * LAST)), A)
             pixel_by_pixel = tl.arange(0, BC)[:, None] + tl.arange(0, BP)[None, :] * LAST
             z_k = tl.gather(side_by_side, tl.reshape(pixel_by_pixel, [BC * BP]), 0)
             z_k = tl.reshape(z_k, [BC, BP])
@@ -170,9 +170,9 @@ def _row(
         else:
             read = counted[None, :] if k < K - 1 or LAST == BC else counted[None, :] & (c < LAST)
             if EVERY:  # what is outside of the image is neither counted nor written
-                z_k = tl.load(exit + k * BC * step + tile, mask=read).to(A)
+                z_k = widened(tl.load(exit + k * BC * step + tile, mask=read), A)
             else:
-                z_k = tl.load(exit + k * BC * step + tile, mask=read, other=0.0).to(A)
+                z_k = widened(tl.load(exit + k * BC * step + tile, mask=read, other=0.0), A)
         z += (z_k,)
     return _less_maximum(z, LAST)
 
@@ -223,8 +223,28 @@ def _exp2(row, rate, LAST: tl.constexpr):
 
 
 @triton.jit
-def _dot(q, y, GUARDED: tl.constexpr):
-    """sum_c q_c y_c; guarded: 0 (-inf) = 0, as 0 log 0 = 0."""
+def _apart(x, n: tl.constexpr):
+    """The columns of x [BP, n], in some order."""
+    if n == 1:
+        return (tl.reshape(x, x.shape[:1]),)
+    else:
+        left, right = tl.split(tl.reshape(x, [x.shape[0], n // 2, 2]))
+        return _apart(left, n // 2) + _apart(right, n // 2)
+
+
+@triton.jit
+def _dot(q, y, GUARDED: tl.constexpr, ALONE: tl.constexpr = False):
+    """sum_c q_c y_c; guarded: 0 (-inf) = 0, as 0 log 0 = 0. Alone: a thread has all of a pixel, in a single tile.
+
+    It then adds up one after the other, by fused operations; a sum over a tile is a tree, which has additions besides.
+    """
+    if ALONE:
+        BC: tl.constexpr = q[0].shape[0]
+        q_c, y_c = _apart(tl.trans(q[0]), BC), _apart(tl.trans(y[0]), BC)
+        total = q_c[0] * y_c[0]
+        for c in tl.static_range(1, BC):
+            total += q_c[c] * y_c[c]
+        return total
     total = _product(q[0], y[0]) if GUARDED else q[0] * y[0]
     for k in tl.static_range(1, len(q)):
         total += _product(q[k], y[k]) if GUARDED else q[k] * y[k]
@@ -318,6 +338,7 @@ def exit_rows_kernel(
     # A pixel that counts for the labels counts for soft losses, if there are any. What does not count is not read.
     EVERY: tl.constexpr = T > 0 and pixel_weight is None and not MASK_SOFT
     SPARE: tl.constexpr = X > 0 and K == 1 and LAST < BC and labels is not None  # a channel that the label's can be
+    ALONE: tl.constexpr = K == 1 and BC > 1 and (ORDER == ROWS or X > 0)
     tau = tl.full([], temperature, A)
     smoothing = tl.full([], label_smoothing, A)
     one_rate = tl.full([], LOG2E, A)  # exp(y) = exp2(y one_rate), never exp2(z one_rate - m one_rate)
@@ -399,7 +420,7 @@ def exit_rows_kernel(
         if SOFT:
             dots, nan = (), tl.full([BP], 0, tl.int32)
             for r in tl.static_range(T):
-                dots += (_dot(q[r * K : r * K + K], y, False),)
+                dots += (_dot(q[r * K : r * K + K], y, False, ALONE),)
                 nan |= (dots[r] != dots[r]).to(tl.int32)
             if tl.max(nan, 0) != 0:  # rare: a test of every number would cost more
                 guarded = ()
@@ -536,7 +557,7 @@ def _block(
     else:
         S: tl.constexpr = len(strides)
         at = exits[i] + (first[i % S] + c0 * step[i % S]) + tile[i % S]
-        return tl.load(at, mask=read, other=float("-inf")).to(A)
+        return widened(tl.load(at, mask=read, other=float("-inf")), A)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -45,6 +45,15 @@ def picked(things, i):
 
 
 @triton.jit
+def widened(x, A: tl.constexpr):
+    """x as an A. Of bfloat16 the bits say so: of two in a register a conversion takes three operations."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(A)
+
+
+@triton.jit
 def row_of(table, i):
     """Row i of a table of whole numbers, which are coded as the launcher says, in 64 bits."""
     row = ()
@@ -206,7 +215,7 @@ def logits(
         channel = tl.where(channel == BC - 1, label[None, :], channel)
     if FULL != 0 and (FULL >> i) & 1 != 0:
         at = channel * step_c + _in_image(step_h, step_w, y0, x0, X, BP)[None, :]
-        z = tl.load(exit + at, mask=(c0 + channel < C) & counted[None, :], other=0.0).to(A)
+        z = widened(tl.load(exit + at, mask=(c0 + channel < C) & counted[None, :], other=0.0), A)
     elif LARGER != 0 and (LARGER >> i) & 1 != 0:  # few elements of a patch would be needed
         top, bottom, left, right, weight = on
         read = (c0 + c < C)[:, None] & counted[None, :]
@@ -221,7 +230,7 @@ def logits(
         place = (c * step_c)[:, None] + (y * step_h + x * step_w)[None, :]
         if not WIDE:
             place = place.to(tl.int32)
-        patch = tl.load(exit + place, mask=(c0 + c < C)[:, None] & there[None, :], other=0.0).to(A)
+        patch = widened(tl.load(exit + place, mask=(c0 + c < C)[:, None] & there[None, :], other=0.0), A)
         index = (channel * (PATCH * PATCH))[:, :, None, None] + corners
         four = tl.gather(tl.reshape(patch, [BC * PATCH * PATCH]), tl.reshape(index, [BC * BP * 4]), 0)
         top, bottom = tl.split(tl.reshape(four, [BC, BP, 2, 2]))
