@@ -26,7 +26,7 @@ from . import memory, parity, pictures, step
 from .training import ALL, OBJECTIVES, PRESETS, Preset, Run, load, train, write
 
 SEEDS = (0, 1, 2)
-# What else was tried so that the SR terms help: smaller weights, of both or of one alone; other targets; a later start;
+# What else to try so that the SR terms help: smaller weights, of both or of one alone; other targets; a later start;
 # more epochs, beside MEA alone. The seeds of one follow each other, as differences are taken seed by seed.
 SEARCH = [
     Run(ALL, 0, sr_f_weight=0.1, sr_l_weight=0.1),

@@ -32,11 +32,11 @@ struct SharedLayout {
   int32_t columns;       // [sizes] of column_numbers(), likewise
   int32_t lines;         // [groups, line_columns, kLine, P, 2], likewise
   int32_t line_columns;
-  int32_t scattered;  // [threads, kScattered, P] with gaps, likewise
+  int32_t scattered;  // [threads, kScattered, P], likewise
   int32_t total;
 };
 
-// Quotients of numbers below 2^16 by the same one, in two instructions.
+// Quotients by the same number, in two instructions; exact where number times divisor is below 2^32.
 struct Divisor {
   int32_t divisor;
   uint32_t inverse;  // 2^32 / divisor, rounded up; 0 of 1
@@ -175,7 +175,7 @@ struct Shape {
   static constexpr int kScattered = !whole ? kAccesses : ((kAccesses + 1) / 2 * kPixels + 3) / 4 * 4 / kPixels;
   static constexpr int kAddedTogether = plain ? 3 : 2;  // when they are added to a column's gradient
   // Of a column of an interpolated line, with room for what is scattered, the distance to the next: odd, so that they
-  // are in different banks.
+  // are in different banks. Channels that do not exist may be read from beyond it.
   static constexpr int kLine = (kAccesses + kScattered - 1) / kScattered * kScattered | 1;
 };
 
@@ -185,8 +185,8 @@ template <class Shape, class A>
 constexpr bool exchanges_fours = Shape::kLayout == Layout::planes && sizeof(A) == 4;
 SELFREG_RESIZE constexpr int exchange_pitch(int groups) { return groups < 4 ? groups | 1 : ((groups + 3) / 4 | 1) * 4; }
 
-// Where a thread's numbers lie among those that are scattered: an odd number of fours apart, so that a warp's threads
-// meet in no bank.
+// Where a thread's numbers lie among those that are scattered. Where that is not an odd number of fours, two or four
+// threads of a warp meet in a bank; of the longest rows, gaps would cost a block of three.
 template <class Shape>
 SELFREG_RESIZE constexpr int scattered_at(int thread) {
   return thread * Shape::kScattered * Shape::kPixels;

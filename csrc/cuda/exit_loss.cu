@@ -879,7 +879,7 @@ struct Worker {
         A* to = place.copy_rows[r];
         if (!to) continue;
         const bool more = place.more >> r & 1;
-        to += column * C + c0 + c;
+        to += Offset(column) * Offset(C) + Offset(c0 + c);
 #pragma unroll
         for (int j = 0; j < kTogether; ++j, to += apart) {
           A total = 0;
@@ -1473,9 +1473,6 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
   using TheShape = Shape<layout, K, V, lanes, whole, plain>;
   const int together = layout == Layout::lanes ? lanes * V : args.groups;
   args.rows = (args.C + together - 1) / together;
-  const int channels = args.C < TheShape::kAccesses * args.groups ? args.C : TheShape::kAccesses * args.groups;
-  const int added = TheShape::kAddedTogether * args.groups;
-  args.added_parts.set((channels + added - 1) / added * args.groups);
   args.at = shared_layout<TheShape>(args, block.x * block.y, sizeof(S));
   const int64_t shared = args.at.total * int64_t(sizeof(A));
   const int64_t most = most_blocks(launch, exit_loss_kernel<TheShape>, block, shared);
@@ -1484,6 +1481,8 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
   if constexpr (layout == Layout::resized) {
     args.cut = *launch.cut = cut_output(args.size[0], args.size[1], args.size[2], block.x, TheShape::kPixels, most);
     parts = args.size[0] * args.cut.bands * args.cut.strips;
+    const int most_channels = TheShape::kAccesses * args.groups, added = TheShape::kAddedTogether * args.groups;
+    args.added_parts.set(((args.C < most_channels ? args.C : most_channels) + added - 1) / added * args.groups);
     if (!launch.dry)
       place_copies(args, args.cut, [&](int e, int64_t begin) { args.grads[e].data = launch.copies + begin; });
   } else {

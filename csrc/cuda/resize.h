@@ -17,8 +17,7 @@
 //   2, summing cells 7, adding columns 5, what a tile needs once 2. In all issue slots of an H200 (132 x 4 x 1.75 GHz)
 //   that is 0.33 ms; the exponentials alone would take a fourth of it.
 // - Without lines, each thread interpolating from global memory, from column to pixel first, and then a thread a column
-//   that summed the pixels on both sides of it, each pixel twice: 65. Adding columns after each half of the channels,
-//   not once for both: 52.
+//   that summed the pixels on both sides of it, each pixel twice: 65.
 // - Gradients added up vertically over all rows between two of the exit's, and across once for them, would save most of
 //   the last two, but take 2 C numbers a column and exit: 100 KB a block for C = 21 and 5 exits. So would tiles of four
 //   rows, half of it, with room for 8 warps instead of 12: their targets take 90 KB.

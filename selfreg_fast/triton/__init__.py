@@ -26,8 +26,9 @@ RAW, RENORMALIZED, ARGMAX = 0, 1, 2
 MEAN, SUM, NONE = 0, 1, 2
 PIXELS, CHANNELS, ROWS, APART = 0, 1, 2, 3
 
-# Older versions keep more numbers at a time: a limit that leaves room for more threads would make them spill.
-NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+# Registers a thread of rows of some twenty channels: room for 11 warps a multiprocessor. Before 3.9 Triton would spill
+# then, and gets no limit.
+ROW_REGISTERS = 184 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 255
 # As Triton has always compiled; versions from 3.9 on warn where it is left open.
 FUSED: dict[str, Any] = {} if TRITON_INTERPRETED else {"enable_fp_fusion": True}
 
@@ -243,7 +244,7 @@ def row_tiles(C: int, vector: int, held: int, order: int, plain: bool) -> dict[s
         each = max(v for v in (1, 2, 4) if v <= vector and held * C * v <= (72 if v == 4 else 128))
         warps = 1
         if plain:  # as many registers as it needs, not as many as there are; with weights it needs more
-            limits = {"maxnreg": 128 if held * C * each <= (64 if each == 1 else 48) else 184 if NEW else 255}
+            limits = {"maxnreg": 128 if held * C * each <= (64 if each == 1 else 48) else ROW_REGISTERS}
     else:
         while held * triton.cdiv(C, groups) > 80 and groups < 32:
             groups *= 2

@@ -17,9 +17,9 @@ twice; and a gradient is written where it belongs, without copies. An exit that 
 has copies along the other alone.
 
 Why so. Counted in binaries for sm_90, of five exits of 21 channels at an eighth of the size and two teachers; no GPU
-has run this. Instructions are those of a pixel, channel and exit: 58 in float32 and 50 in bfloat16, at 16 warps a
-multiprocessor without spills. An issue slot in every cycle would take 0.43 ms and 0.37 ms for an output of
-8 x 21 x 512 x 512 on 132 multiprocessors at 1.75 GHz. With more registers they are 55 and 47, at 8 warps.
+has run this. Instructions are those of a pixel, channel and exit: 58 in float32 and 50 in bfloat16, at 8 warps a
+multiprocessor (temperature 2; at 1, fewer registers leave room for 16). An issue slot in every cycle would take 0.43 ms
+and 0.37 ms for an output of 8 x 21 x 512 x 512 on 132 multiprocessors at 1.75 GHz.
 - Gathering four numbers takes 4 reads of shared memory and 4 operations, about 10 instructions with the patch. Four
   loads from global memory are as many reads, with 64-bit addresses. Interpolating rows first, at the exit's own
   columns, leaves two reads, but is done for half as many numbers as there are pixels: 13 to 15.
@@ -48,7 +48,7 @@ def picked(things, i):
 def widened(x, A: tl.constexpr):
     """x as an A. Of bfloat16 the bits say so: of two in a register a conversion takes three operations."""
     if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(A)
     else:
         return x.to(A)
 
