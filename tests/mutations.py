@@ -180,6 +180,14 @@ MUTATIONS = [
         LOSSES,
     ),
     Mutation(
+        "cuda: of a resized exit's gradient, a row that is begun is begun anew",
+        CUDA,
+        "place.more |= int(to < fresh) << r;",
+        "place.more |= int(to + 1 < fresh) << r;",
+        "cuda",
+        RESIZE,
+    ),
+    Mutation(
         "triton: a target is a power of the wrong exponent",
         TRITON,
         "factor = tl.exp2(-tl.log2(Z1) / tau)",

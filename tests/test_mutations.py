@@ -12,6 +12,6 @@ def test_it_applies_once(mutation: mutations.Mutation) -> None:
     assert mutation.old != mutation.new
 
 
-def test_there_are_25() -> None:
+def test_there_are_enough() -> None:
     names = {m.name for m in mutations.MUTATIONS}
-    assert len(names) == len(mutations.MUTATIONS) == 25
+    assert len(names) == len(mutations.MUTATIONS) >= 25
