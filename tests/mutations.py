@@ -40,7 +40,9 @@ class Mutation(NamedTuple):
 LOSSES = "tests/test_losses.py -k {backend}"
 SHAPES = "tests/test_kernel_shapes.py -k '{backend} and "
 RESIZE = "tests/test_resize.py -k '{backend} and every_ratio and float32'"
+SMALLER = "tests/test_resize.py -k '{backend} and smaller_exits'"
 CPU, CUDA, TRITON = "csrc/cpu/exit_loss.cpp", "csrc/cuda/exit_loss.cu", "selfreg_fast/triton/kernels.py"
+SMALL = "csrc/cuda/small_exits.h"
 
 MUTATIONS = [
     Mutation(
@@ -182,10 +184,34 @@ MUTATIONS = [
     Mutation(
         "cuda: of a resized exit's gradient, a row that is begun is begun anew",
         CUDA,
-        "place.more |= int(to < fresh) << r;",
-        "place.more |= int(to + 1 < fresh) << r;",
+        "place.more |= int(to < fresh) << (2 * p + r);",
+        "place.more |= int(to + 1 < fresh) << (2 * p + r);",
         "cuda",
         RESIZE,
+    ),
+    Mutation(
+        "cuda: small exits' rows are begun anew with every tile",
+        SMALL,
+        "const bool first = last < 0, fresh = low != last;",
+        "const bool first = true, fresh = low != last;",
+        "cuda",
+        SMALLER,
+    ),
+    Mutation(
+        "cuda: small exits' pixels far below their peaks are left to underflow",
+        SMALL,
+        "if (__builtin_expect(small, false)) {",
+        "if (false) {",
+        "cuda",
+        "tests/test_resize.py -k '{backend} and peaks'",
+    ),
+    Mutation(
+        "cuda: small exits' targets are added to the gradient",
+        SMALL,
+        "total[j] -= gains[r] * sum[j];",
+        "total[j] += gains[r] * sum[j];",
+        "cuda",
+        SMALLER,
     ),
     Mutation(
         "triton: a target is a power of the wrong exponent",

@@ -65,19 +65,23 @@ def test_kernels_compile_and_compute(tmp_path: Path) -> None:
         machine_code.check(case, partial(machine_code.of_cuda, compiled, case))
 
 
-# A tile and a part of one; a pixel a thread, over lanes, over warps; resized.
+# A tile and a part of one; a pixel a thread, over lanes, over warps; resized, all smaller or not.
 MACHINE_CODE = (
     Case("planes", (2, 21, 8, 32), ((8, 32),) * 3, (0, 2)),
     Case("staged", (1, 21, 7, 19), ((7, 19),) * 2, (1,), channels_last=True),
     Case("lanes", (1, 40, 4, 9), ((4, 9),) * 2, (0,), channels_last=True),
     Case("warps", (1, 150, 3, 11), ((3, 11),) * 3, (2,)),
     Case("resized", (1, 21, 12, 20), ((6, 10), (3, 5), (12, 20)), (0, 2)),
+    Case("smaller", (1, 21, 14, 20), ((6, 10), (3, 5), (6, 10)), (0, 2)),
+    Case("smaller, warps", (1, 40, 9, 20), ((3, 5),) * 2, (1,)),
 )
 
 
 def _shape(kernel: str) -> str:
     """The name of a kernel, or the template arguments of the main one, as they are mangled."""
     shape = re.search(r"ShapeILNS_6LayoutE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELb(\d)ELb(\d)EE", kernel)
+    if small := re.search(r"SmallShapeI\w+?Li(\d+)ELb(\d)E", kernel):
+        return f"small exits, K {small[1]}{', warps' if small[2] == '1' else ''}"
     if shape is None:
         return kernel[-60:]
     layout = ("planes", "staged", "lanes", "resized")[int(shape[1])]

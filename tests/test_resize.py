@@ -90,6 +90,99 @@ def test_every_ratio(
         assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
 
 
+# Exits none of which is larger than the output, for which there are kernels of their own; more than a block's columns.
+SMALLER: dict[str, tuple[list[tuple[int, int]], tuple[int, int]]] = {
+    "eighth": ([(4, 17), (4, 17), (4, 17)], (32, 136)),
+    "pyramid": ([(20, 36), (10, 18), (5, 9)], (40, 72)),
+    "quarter": ([(9, 34), (9, 34)], (36, 136)),
+    "odd": ([(6, 20), (7, 9), (1, 20)], (41, 139)),
+    "almost": ([(39, 70), (40, 69)], (40, 70)),
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "labels": {"teachers": ()},
+    "tau 2": {"teachers": (0, -1), "temperature": 2.0},
+    "tau 1": {"teachers": (-1,), "temperature": 1.0, "mask_soft": True},
+    "tau 3": {"teachers": (0,), "temperature": 3.0},
+    "tau 0.4": {"teachers": (0,), "temperature": 0.4},
+    "tau 0.6, soft alone": {"teachers": (-1, 0), "temperature": 0.6},
+    "renormalised, soft alone": {"teachers": (0, 1), "temperature": 2.0, "renormalize": True},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", SMALLER)
+def test_smaller_exits(backend: Backend, name: str, objective: str, threads: None, not_all: bool) -> None:
+    """What takes no rare option, of all numbers of channels in turn, with a class nowhere and pixels that do not count;
+    of the exits, some learn or none does."""
+    if not_all and list(SMALLER).index(name) != list(OBJECTIVES).index(objective) % len(SMALLER):
+        pytest.skip("triton, interpreted: each objective once")
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate rounds positions")
+    sizes, size = SMALLER[name]
+    number = list(SMALLER).index(name) + 2 * list(OBJECTIVES).index(objective)
+    channels = (21, 5, 19, 8, 23, 22, 40, 16, 150, 2)[number % 10]
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[number % 3]
+    layout = ("contiguous", "channels_last", "cropped")[number // 2 % 3]
+    exits = make_exits(len(sizes), (2, channels, *size), sizes=sizes, dtype=dtype, layout=layout, device=backend.device)
+    exits = [z + offset for z, offset in zip(exits, (50, -100, 0), strict=False)]
+    kwargs: dict[str, Any] = OBJECTIVES[objective] | {"size": size, "align_corners": number % 4 == 3}
+    if "alone" not in objective:
+        kwargs["labels"] = make_labels((2, *size), max(1, channels - 1), ignore_index=-1, device=backend.device)
+        kwargs["ignore_index"] = -1
+    if number % 2:
+        kwargs["pixel_weight"] = make_pixel_weight((2, *size), device=backend.device)
+    factor = 2 * math.prod(size)
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, **in_double(kwargs)), [z.double() for z in exits], "random", factor
+    )
+    torch.set_num_threads(2)
+    fused = partial(srf.exit_loss_matrix, backend=backend.name, **kwargs)
+    actual = value_and_gradients(fused, exits, "random", factor)
+    assert_close(actual[0], exact[0], RELATIVE[torch.float32], smallest(torch.float32), "value")
+    for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        # Rounding where sigma - target cancels, of all the pixels that an element has part in.
+        pixels = math.prod(size) / math.prod(sizes[i])
+        floor = smallest(dtype) + 64 * torch.finfo(torch.float32).eps / channels * pixels
+        assert_close(a, e, RELATIVE[dtype], floor, f"gradient of exit {i}")
+    assert torch.equal(fused(exits), actual[0])  # none learns
+    some = [z.detach().requires_grad_(i == 1) for i, z in enumerate(exits)]
+    weights = torch.rand(actual[0].shape, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    (gradient,) = torch.autograd.grad((fused(some) * weights).sum(), some[1])
+    every = [z.detach().requires_grad_() for z in exits]
+    assert torch.equal(gradient, torch.autograd.grad((fused(every) * weights).sum(), every)[1])
+
+
+@pytest.mark.parametrize("height", [20, 100, 240, 10_000])
+@pytest.mark.parametrize(
+    "options", [{"temperature": t} for t in (2.0, 4.0, 8.0)] + [{"temperature": 0.7, "renormalize": True}], ids=str
+)
+def test_peaks_of_other_channels(backend: Backend, height: float, options: dict[str, Any]) -> None:
+    """Neighbouring positions that are sure, and of different channels: a pixel between them is far below both."""
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate rounds positions")
+    channels, (h, w), size = 4, (3, 5), (24, 40)
+    exits = make_exits(3, (1, channels, h, w), device=backend.device)
+    number = torch.arange(h)[:, None] + 2 * torch.arange(w)
+    for e, z in enumerate(exits):
+        z += height * F.one_hot((number + e) % channels, channels).movedim(-1, 0).to(z)
+    kwargs: dict[str, Any] = {"teachers": (0, -1), "size": size} | options
+    if "renormalize" not in options:
+        kwargs["labels"] = make_labels((1, *size), channels, device=backend.device)
+    factor = math.prod(size)
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, **kwargs), [z.double() for z in exits], "random", factor
+    )
+    actual = value_and_gradients(
+        lambda e: srf.exit_loss_matrix(e, backend=backend.name, **kwargs), exits, "random", factor
+    )
+    # Interpolated logits are rounded in their own size.
+    rounding = 8 * torch.finfo(torch.float32).eps * height
+    assert_close(actual[0], exact[0], RELATIVE[torch.float32] + rounding, smallest(torch.float32), "value")
+    for i, (a, e) in enumerate(zip(actual[1:], exact[1:], strict=True)):
+        floor = rounding * factor / (h * w) / channels
+        assert_close(a, e, RELATIVE[torch.float32] + rounding, floor, f"gradient of exit {i}")
+
+
 def _enlarged_sum(exits: list[torch.Tensor], **how: Any) -> torch.Tensor:
     return sum(F.interpolate(z, mode="bilinear", **how).sum() for z in exits)
 
@@ -203,12 +296,35 @@ def test_what_only_uncounted_pixels_see_reaches_nothing(backend: Backend, poison
     assert all(not g[:, :, 3, 3].any() for g in actual[1:])
 
 
-def test_a_nan_that_counts_is_not_hidden(backend: Backend) -> None:
-    """One NaN in a small exit."""
+def test_the_lowest_number_masks_a_class(backend: Backend) -> None:
+    """At some positions of an exit beside others; it is finite, but twice it, or its multiple, is not."""
+    if not backend.fused:
+        pytest.skip("reference: F.interpolate rounds positions")
+    exits = make_exits(2, (1, 3, 2, 3), device=backend.device)
+    for z in exits:
+        z[0, 2, :, 1] = torch.finfo(torch.float32).min
+    labels = make_labels((1, 16, 24), 2, device=backend.device)  # none of the masked class
+    kwargs: dict[str, Any] = {"teachers": (), "size": (16, 24)}
+    exact = value_and_gradients(
+        lambda e: reference.exit_loss_matrix(e, labels, **kwargs), [z.double() for z in exits], "random", 384
+    )
+    actual = value_and_gradients(
+        lambda e: srf.exit_loss_matrix(e, labels, backend=backend.name, **kwargs), exits, "random", 384
+    )
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e, RELATIVE[torch.float32], 1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_nan_that_counts_is_not_hidden(backend: Backend, weight: float) -> None:
+    """One NaN in a small exit; even at a class of weight 0."""
     exits = make_exits(2, (1, 5, 4, 4), device=backend.device)
     exits[0][0, 2, 3, 3] = math.nan
     labels = torch.zeros(1, 16, 16, dtype=torch.int64, device=backend.device)
-    assert srf.mea_loss(exits, labels, backend=backend.name).isnan()
+    class_weight = torch.ones(5, device=backend.device)
+    class_weight[1] = weight
+    labels[0, 10:, 10:] = 1  # all that the NaN has part in
+    assert srf.mea_loss(exits, labels, class_weight=class_weight, backend=backend.name).isnan()
 
 
 def test_constant_exits_of_huge_outputs(backend: Backend, threads: None) -> None:

@@ -46,8 +46,8 @@ class Launch(NamedTuple):
 
 def key(symbol: str) -> str | None:
     """What names a kernel whichever compiler made its symbol."""
-    shape = re.search(r"exit_loss_kernel.*(LayoutE\dELi\d+ELi\d+ELi\d+ELb\dELb\d)E", symbol)
-    other = re.search(r"((?:count|finish|join)_kernelI\w*?E)EvNS", symbol)
+    shape = re.search(r"_kernelI.*(LayoutE\dELi\d+ELi\d+ELi\d+ELb\dELb\d|SmallShapeI\w+?Li\d+ELb\d)E", symbol)
+    other = re.search(r"((?:count|finish|join|peak|combine)_kernelI\w*?E)EvNS", symbol)
     return shape[1] if shape else other[1] if other else None
 
 

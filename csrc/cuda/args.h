@@ -30,9 +30,9 @@ struct SharedLayout {
   uint32_t staged_gaps;  // j staged_gaps / 2^32: the gaps of one word of 16 bytes before the j-th such word
   int32_t places;        // [N] Place, of the whole block, Layout::resized
   int32_t columns;       // [sizes] of column_numbers(), likewise
-  int32_t lines;         // [groups, line_columns, kLine, P, 2], likewise
+  int32_t lines;         // [groups, line_columns, kLine, 4], likewise
   int32_t line_columns;
-  int32_t scattered;  // [threads, kScattered, P], likewise
+  int32_t scattered;  // [threads, kScattered, 2], likewise
   int32_t total;
 };
 
@@ -44,22 +44,22 @@ struct Divisor {
   SELFREG_RESIZE int of(int n) const { return inverse ? int(uint64_t(unsigned(n)) * inverse >> 32) : n; }
 };
 
-// What of a resized exit lies under a block's band, and under the tile at hand; in shared memory.
+// What of a resized exit lies under a block's band, and under the tile at hand; in shared memory. A span: the tile's
+// rows that lie between the same two of the exit's; it goes by the first of them.
 template <class A, int P>
 struct Place {
   A* copy;                       // the band's own copy of the gradient, or null
   int32_t copy_columns;          // its row, in columns
   int32_t row, column, columns;  // the exit's first row, its columns
   int32_t pixels;                // of the output, in a row of the strip
-  Divisor cells;                 // of an interpolated line
-  // In the exit, in numbers: from a column to the next, from a row to the next; where the tile's first number is, from
-  // the exit's first, and how far the last pixel's row is from its.
-  int64_t right, below, first, rows;
-  int32_t low[P];  // of each row of the tile
-  A weight[P];     // of the row below
-  // Where the gradient of each is added to, in the copy: the row, and the one below; null if it is with one before.
-  A* copy_rows[2 * P];
-  int32_t more;  // bits: whether there is something already
+  Divisor cells;                 // of a line
+  int32_t drawn;                 // how many channels of a line the block draws at a time
+  int64_t right, below;          // in the exit, in numbers: from a column to the next, from a row to the next
+  A weight[P];                   // of each row of the tile: that of the exit's row below it
+  int64_t first[P];              // likewise: where the first number of the exit's row above it is, from its first one
+  int32_t end[P];                // of each span: the row after its last
+  A* copy_rows[2 * P];           // likewise: where its gradient is added to, for the row above and the row below
+  int32_t more;                  // bits, likewise: whether there is something already
 };
 // Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns] of
 // int32_t; then where each of the exit's begins, [columns + 3] of uint16_t, unless there are more.
@@ -100,7 +100,7 @@ struct Args {
   Target target;
   Reduction reduction;
   A tau, rate_tau;           // temperature, log2(e) / temperature
-  A rate, unit;              // kOnce: what logits are taken times, and 1 by it
+  A rate;                    // of exponentials that label and soft losses share: log2(e), or rate_tau
   A log_z_scale, dot_scale;  // of soft losses, as pixel_math.h has them; 1 and 1 for argmax
   A hot_weight, smoothing;   // what label smoothing leaves at the label, and gives to every class
   int64_t ignore_index;
@@ -125,7 +125,7 @@ enum class Layout {
   planes,   // neighbouring threads on neighbouring pixels, channels `groups` apart; any strides
   staged,   // channels_last, few channels: a thread one or two pixels; a warp's rows go through shared memory
   lanes,    // channels_last: the channels of a pixel across some lanes of a warp
-  resized,  // as planes, but a thread's pixels lie below each other, and some exits are of another size
+  resized,  // as planes, but a thread's pixels lie below each other, and some exits are of another size: resize.h
 };
 
 // For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is also 20 and 22, for 19 and 21,
@@ -168,12 +168,12 @@ struct Shape {
                                     : K * V > 16 || V == 2 || (layout == Layout::staged && !plain) ? 4
                                                                                                    : 5;
   // What of a row is stored a target and pixel beside it.
-  static constexpr int kScalars = !whole ? 3 : layout == Layout::resized && plain ? 1 : 2;
+  static constexpr int kScalars = whole ? 2 : 3;
   static_assert(layout != Layout::resized || kAccesses < 32);
   // How many channels of a gradient are scattered at a time: half a row, for with all of it a multiprocessor would have
   // room for two blocks only. A multiple of four numbers, which are one access.
-  static constexpr int kScattered = !whole ? kAccesses : ((kAccesses + 1) / 2 * kPixels + 3) / 4 * 4 / kPixels;
-  static constexpr int kAddedTogether = plain ? 3 : 2;  // when they are added to a column's gradient
+  static constexpr int kScattered = !whole ? kAccesses : (kAccesses + 3) / 4 * 2;
+  static constexpr int kAddedTogether = 2;  // when they are added to a column's gradient
   // Of a column of an interpolated line, with room for what is scattered, the distance to the next: odd, so that they
   // are in different banks. Channels that do not exist may be read from beyond it.
   static constexpr int kLine = (kAccesses + kScattered - 1) / kScattered * kScattered | 1;
@@ -189,7 +189,7 @@ SELFREG_RESIZE constexpr int exchange_pitch(int groups) { return groups < 4 ? gr
 // threads of a warp meet in a bank; of the longest rows, gaps would cost a block of three.
 template <class Shape>
 SELFREG_RESIZE constexpr int scattered_at(int thread) {
-  return thread * Shape::kScattered * Shape::kPixels;
+  return thread * Shape::kScattered * 2;
 }
 
 template <class Shape, class A>
@@ -228,7 +228,7 @@ SharedLayout shared_layout(const Args<A>& a, int threads, int storage_bytes) {
       const int needed = line_columns(Axis{a.from[e].y, a.size[2], a.align_corners}.most(columns), columns);
       if (at.line_columns < needed) at.line_columns = needed;
     }
-    at.lines = take(a.groups * at.line_columns * Shape::kLine * Shape::kPixels * 2);
+    at.lines = take(a.groups * at.line_columns * Shape::kLine * 4);
     at.scattered = take(scattered_at<Shape>(threads));
   }
   return at;

@@ -46,13 +46,13 @@ SELFREG_DEVICE float log2_fast(float x) {
 }
 SELFREG_DEVICE double log2_fast(double x) { return ::log2(x); }
 
-// log Z of a sum Z >= 1 of exponentials. A confident pixel's loss is such a logarithm near 0, where the fast one has no
-// bound to its relative error: there, a polynomial of Z - 1, good to 1e-7.
+// log Z of a sum Z of exponentials, 1 or more where the largest is 1. A confident pixel's loss is such a logarithm near
+// 0, where the fast one has no bound to its relative error: there, a polynomial of Z - 1, good to 1e-7.
 SELFREG_DEVICE float log_normalizer(float Z) {
   const float t = Z - 1;
   const float series =
       t * (1 + t * (-0.499997407f + t * (0.33320868f + t * (-0.247786015f + t * (0.181731209f + t * -0.0923835337f)))));
-  return t < 0.25f ? series : log2_fast(Z) * float(kLn2);
+  return t >= 0 && t < 0.25f ? series : log2_fast(Z) * float(kLn2);
 }
 SELFREG_DEVICE double log_normalizer(double Z) { return ::log(Z); }
 
@@ -176,14 +176,21 @@ SELFREG_DEVICE void store(S* p, const A (&from)[V]) {
   __stcs(reinterpret_cast<W*>(p), pack<S, V>(from));
 }
 
-// Likewise in shared memory, as single accesses.
+// Likewise in shared memory, as single accesses, of at most 16 bytes each.
 template <int V, class A>
 SELFREG_DEVICE void load_shared(const A* p, A (&to)[V]) {
-  unpack<A, V>(*reinterpret_cast<const typename Word<sizeof(A) * V>::type*>(p), to);
+  constexpr int n = sizeof(A) * V > 16 ? V / 2 : V;
+#pragma unroll
+  for (int v = 0; v < V; v += n) {
+    unpack<A, n>(*reinterpret_cast<const typename Word<sizeof(A) * n>::type*>(p + v), reinterpret_cast<A(&)[n]>(to[v]));
+  }
 }
 template <int V, class A>
 SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
-  if constexpr (V == 4) {  // a word copied from an array would be stored in four pieces
+  if constexpr (V == 4 && sizeof(A) == 8) {
+    reinterpret_cast<double2*>(p)[0] = make_double2(from[0], from[1]);
+    reinterpret_cast<double2*>(p)[1] = make_double2(from[2], from[3]);
+  } else if constexpr (V == 4) {  // a word copied from an array would be stored in four pieces
     *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
   } else if constexpr (V == 2 && sizeof(A) == 8) {
     *reinterpret_cast<double2*>(p) = make_double2(from[0], from[1]);

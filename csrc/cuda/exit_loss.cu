@@ -1,4 +1,5 @@
 // The exit-loss matrix on a GPU: phases 1 and 2 in one kernel. Compiled once for each storage type (SELFREG_STORAGE).
+// What is commonly asked of small exits has a kernel of its own: small_exits.h.
 // Forward, forward with gradients and the recomputing backward are all this kernel: gradients are written where there
 // is room for them.
 //
@@ -7,11 +8,13 @@
 //   phase 1  each teacher: read, maximum, exponentials and their sums; its target row goes to shared memory
 //   phase 2  each exit: read and maximum, if not just done; sums of exponentials; each loss; its gradient
 // Phase 0 (what the means divide by) comes before, the fixed-order sum over blocks (phase 3) after, in launch.cu.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "device.h"
 #include "launch.h"
+#include "small_exits.h"
 
 namespace selfreg {
 namespace {
@@ -37,7 +40,6 @@ struct Worker {
   static constexpr int kTargetVector = Shape::kTargetVector;
   static constexpr bool kWhole = Shape::kWhole, kPlain = Shape::kPlain;
   static constexpr bool kResized = kLayout == Layout::resized;
-  static constexpr bool kOnce = kResized && kWhole && kPlain;  // targets are read: plain_student()
 
   // A channel's distance from the first one, in numbers. The launch has seen to it that those of whole rows fit.
   using Offset = std::conditional_t<kWhole, uint32_t, int64_t>;
@@ -58,7 +60,7 @@ struct Worker {
   bool inside, all_count;
   A label_w[P], soft_w[P], hot[P];
   int label[P];
-  // Where a label is in a whole target row, and its hot if it is there; else any place, and 0; kOnce: place -1.
+  // Where a label is in a whole target row, and its hot if it is there; else any place, and 0.
   int place_in_row[P];
   A hot_in_row[P];
 
@@ -234,7 +236,7 @@ struct Worker {
       if constexpr (kWhole) {
         const int place = place_of(label[p]);
         const bool here = uint32_t(place) < uint32_t(kLayout == Layout::lanes ? I * V : I);
-        place_in_row[p] = !here ? (kOnce ? -1 : 0) : kLayout == Layout::lanes ? place : place * V + p;
+        place_in_row[p] = !here ? 0 : kLayout == Layout::lanes ? place : place * V + p;
         hot_in_row[p] = here ? hot[p] : A(0);
       }
     }
@@ -379,9 +381,6 @@ struct Worker {
     __syncwarp();
   }
 
-  // kOnce: logits are taken times a.rate, before they are interpolated: once a column of the exit, not once a pixel.
-  SELFREG_DEVICE A logit(A x) const { return kOnce ? x * a.rate : x; }
-
   // One number of exit e, which lies at `from`.
   SELFREG_DEVICE A number(const S* from, int e, int p, int c) const {
     if constexpr (kResized) return interpolated(e, p, c);
@@ -394,7 +393,9 @@ struct Worker {
 
   // Logits of exit e, which lies at `from`, from channel c0 on, and raises `peak` to the largest; `again`: they will be
   // read once more. Where there is no channel: the lowest number, or less.
-  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again, A (&peak)[P]) const {
+  // Of a resized exit, `with_labels`, also those at the labels.
+  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again, A (&peak)[P],
+                                 bool with_labels = false) {
     // Pairs of halves are compared as such: half the instructions, and exact. A pixel is either of a pair.
     constexpr bool kPairs = kLayout == Layout::planes && sizeof(S) == 2 && V % 2 == 0;
     [[maybe_unused]] unsigned top[(V + 1) / 2];
@@ -402,7 +403,7 @@ struct Worker {
       copy_rows<true>(static_cast<S*>(a.exits[e].data), again);
       read_staged(to);
     } else if constexpr (kResized) {
-      a.from[e].x ? interpolate(e, to) : load_rows(e, to);
+      a.from[e].x ? interpolate(e, to, with_labels) : load_rows(e, to);
     } else {
       const PixelView& view = a.exits[e];
       const Offset step = Offset(stride()) * Offset(view.channel);
@@ -450,7 +451,7 @@ struct Worker {
       each([&](int i, int v) { peak[pixel_of(v)] = larger(peak[pixel_of(v)], to[i][v]); });
     }
   }
-  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) const {
+  SELFREG_DEVICE void load_block(int e, const S* from, A (&to)[I][V], bool again) {
     A peak[P] = {};
     load_block(e, from, to, again, peak);
   }
@@ -502,7 +503,7 @@ struct Worker {
       return;
     }
     if constexpr (kResized) {
-      a.from[e].x ? scatter(e, z, m) : store_rows(e);
+      a.from[e].x ? scatter(e, z) : store_rows(e);
       return;
     }
     if (!inside) return;
@@ -518,6 +519,7 @@ struct Worker {
 
   using ThePlace = Place<A, P>;
   SELFREG_DEVICE ThePlace& place_under(int e) const { return reinterpret_cast<ThePlace*>(shared + a.at.places)[e]; }
+  SELFREG_DEVICE static int end_of(const ThePlace& place, int span) { return P == 1 ? 1 : place.end[span]; }
   SELFREG_DEVICE A* column_weights(int e) const {
     return shared + a.at.columns + a.size_number[e] * column_numbers<A>(pixel_threads());
   }
@@ -570,6 +572,7 @@ struct Worker {
         place.pixels = int(width);
         place.cells.set(is_wide(place.columns, pixel_threads()) ? place.pixels
                                                                 : line_columns(place.columns, pixel_threads()));
+        place.drawn = threads() / place.cells.divisor;
       }
     }
   }
@@ -587,74 +590,64 @@ struct Worker {
     for (int e = thread(); e < a.N; e += threads()) {
       if (!a.from[e].x) continue;
       const Axis axis = rows_of(e);
+      const PixelView& view = a.exits[e];
       ThePlace& place = place_under(e);
       // Rows from here on have got nothing yet.
-      int64_t fresh = y % a.cut.rows != 0 ? axis.high(y - 1) + 1 : 0;
+      int64_t fresh = y % a.cut.rows != 0 ? axis.high(y - 1) + 1 : 0, last = -1;
+      int span = 0;
       place.more = 0;
-#pragma unroll
+#pragma unroll 1
       for (int p = 0; p < P; ++p) {
         const int64_t row = y + p < a.cut.height ? y + p : a.cut.height - 1, low = axis.low(row);
         place.weight[p] = axis.template weight<A>(row, low);
-        const bool others = p == 0 || low != place.low[0];
-        place.low[p] = int(low);
-#pragma unroll
-        for (int r = 2 * p; r < 2 * p + 2; ++r) {
-          const int64_t to = low + r % 2;
-          place.copy_rows[r] =
-              place.copy && others && to < axis.from ? place.copy + (to - place.row) * place.copy_columns * C : nullptr;
-          place.more |= int(to < fresh) << r;
+        place.first[p] = i0 * view.step[0] + low * view.step[1] + place.column * view.step[2];
+        if (low != last) {
+          span = p;
+          for (int r = 0; r < 2; ++r) {
+            const int64_t to = low + r;
+            place.copy_rows[2 * p + r] =
+                place.copy && to < axis.from ? place.copy + (to - place.row) * place.copy_columns * C : nullptr;
+            place.more |= int(to < fresh) << (2 * p + r);
+          }
+          fresh = low + 2;
+          last = low;
         }
-        fresh = low + 2;
+        place.end[span] = p + 1;
       }
-      const PixelView& view = a.exits[e];
-      place.first = i0 * view.step[0] + place.low[0] * view.step[1] + place.column * view.step[2];
-      place.rows = (place.low[P - 1] - place.low[0]) * view.step[1];
     }
     __syncthreads();
     pixel = (i0 * a.cut.height + y) * a.cut.width + i2;
   }
 
-  // Rows of exit e under the tile, for channels from c0 on, at the exit's own width: for each of its columns the number
-  // and the step to the next. Of an exit that is wider than the strip: for each pixel, with steps of 0. All threads of
-  // the block; says whether something is not finite.
-  SELFREG_DEVICE bool draw_lines(int e) const {
+  // The exit's numbers under a span, of channels from c0 on: for each of its columns the number of the row above, the
+  // step to the next column, the step to the row below, and that of the next column less that. Of an exit that is wider
+  // than the strip: for each pixel, with steps to the row below only. All threads of the block; says whether something
+  // is not finite.
+  SELFREG_DEVICE bool draw_lines(int e, int span) const {
     const ThePlace& place = place_under(e);
     const PixelView& view = a.exits[e];
-    const Divisor cells = place.cells;
     const bool wide = is_wide(place.columns, pixel_threads());
-    const int columns = cells.divisor, channels = min(C - c0, I * a.groups);
-    const S* const first = static_cast<const S*>(view.data) + place.first + c0 * view.channel;
-    const Offset channel = Offset(view.channel), step = Offset(view.step[2]);
-    const Offset right = Offset(place.right), below = Offset(place.below), rows = Offset(place.rows);
-    A weight[P];
-#pragma unroll
-    for (int p = 0; p < P; ++p) weight[p] = place.weight[p];
+    const int channels = min(C - c0, I * a.groups), drawn = place.drawn;
+    const Offset right = Offset(place.right), below = Offset(place.below);
+    int c = place.cells.of(thread());
+    const int column = thread() - c * place.cells.divisor;
+    if (c >= drawn) return false;
+    const S* from = static_cast<const S*>(view.data) + place.first[span] + (c0 + c) * view.channel +
+                    (wide ? column_lows(e)[column] : column) * view.step[2];
+    const A weight = wide ? column_weights(e)[column] : A(0);
     A zero = 0;  // or NaN
 #pragma unroll 1
-    for (int task = thread(); task < channels * columns; task += threads()) {
-      const int c = cells.of(task), column = task - c * columns;
-      A line[2 * P];
+    for (; c < channels; c += drawn, from += drawn * view.channel) {
+      const A left = to_number(__ldg(from)), next = to_number(__ldg(from + right));
+      const S* const under = from + below;
+      const A down = to_number(__ldg(under)) - left, next_down = to_number(__ldg(under + right)) - next;
+      A line[4] = {left, next - left, down, next_down - down};
+      zero += line[3] * 0;
       if (wide) {
-#pragma unroll
-        for (int p = 0; p < P; ++p) line[2 * p] = interpolated(e, p, c0 + c, column), line[2 * p + 1] = 0;
-      } else {
-        Offset at = Offset(c) * channel + Offset(column) * step;
-        auto draw = [&](int begin) {
-          const A left = to_number(__ldg(first + at)), next = to_number(__ldg(first + (at + right)));
-          const A down = to_number(__ldg(first + (at + below))) - left;
-          const A next_down = to_number(__ldg(first + (at + below + right))) - next;
-#pragma unroll
-          for (int p = begin; p < P; ++p) {
-            line[2 * p] = logit(left + weight[p] * down);
-            line[2 * p + 1] = logit(next + weight[p] * next_down) - line[2 * p];
-          }
-        };
-        draw(0);
-        if (rows != 0) at += rows, draw(P - 1);
-#pragma unroll
-        for (int p = 0; p < P; ++p) zero += line[2 * p + 1] * 0;
+        line[0] += weight * line[1], line[2] += weight * line[3];
+        line[1] = line[3] = 0;
       }
-      store_shared(kept_shared(line_at(group_of(c), column) + access_of(c) * 2 * P), line);
+      store_shared(line_at(group_of(c), column) + access_of(c) * 4, line);
     }
     return zero != 0;
   }
@@ -662,7 +655,7 @@ struct Worker {
   SELFREG_DEVICE int group_of(int c) const { return alone ? 0 : int(unsigned(c) % unsigned(a.groups)); }
   SELFREG_DEVICE int access_of(int c) const { return alone ? c : int(unsigned(c) / unsigned(a.groups)); }
   SELFREG_DEVICE A* line_at(int g, int column) const {
-    return shared + a.at.lines + (g * a.at.line_columns + column) * Shape::kLine * 2 * P;
+    return shared + a.at.lines + (g * a.at.line_columns + column) * Shape::kLine * 4;
   }
   // The column of its line that the thread's pixels are right of.
   SELFREG_DEVICE int line_column(int e) const {
@@ -670,26 +663,41 @@ struct Worker {
     return is_wide(place.columns, pixel_threads()) ? min(slot(), place.pixels - 1) : column_lows(e)[slot()];
   }
 
-  // Channels from c0 on of a resized exit, at the thread's pixels.
-  SELFREG_DEVICE void interpolate(int e, A (&to)[I][V]) const {
-    __syncthreads();  // all have read the last lines
-    const bool odd = __syncthreads_or(draw_lines(e));
-    const A weight = column_weights(e)[slot()];
-    const A* const line = line_at(group(), line_column(e));
+  // Channels from c0 on of a resized exit, at the thread's pixels; and, if asked for, those at their labels.
+  SELFREG_DEVICE void interpolate(int e, A (&to)[I][V], bool with_labels) {
+    const ThePlace& place = place_under(e);
+    bool odd = false;
+#pragma unroll 1
+    for (int span = 0; span < P; span = end_of(place, span)) {
+      __syncthreads();  // all have read the last lines
+      odd |= __syncthreads_or(draw_lines(e, span));
+      const A weight = column_weights(e)[slot()];
+      const int column = line_column(e);
+      const A* const line = kept_shared(line_at(group(), column));
+      bool here[P];
+      A below[P];
 #pragma unroll
-    for (int i = 0; i < I; ++i) {
-      A x[2 * P];
-      if (exists(i)) load_shared(line + i * 2 * P, x);
+      for (int p = 0; p < P; ++p) here[p] = p >= span && p < end_of(place, span), below[p] = place.weight[p];
 #pragma unroll
-      for (int v = 0; v < V; ++v) to[i][v] = exists(i) ? x[2 * v] + weight * x[2 * v + 1] : kLowest<A>;
+      for (int i = 0; i < I; ++i) {
+        A x[4];
+        if (exists(i)) load_shared(line + i * 4, x);
+        const A above = x[0] + weight * x[1], down = x[2] + weight * x[3];
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (here[v]) to[i][v] = exists(i) ? above + below[v] * down : kLowest<A>;
+      }
+      if (!with_labels) continue;
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        if (!here[p]) continue;
+        A x[4];
+        load_shared(alone ? line + label[p] * 4 : line_at(group_of(label[p]), column) + access_of(label[p]) * 4, x);
+        const A number = x[0] + weight * x[1] + below[p] * (x[2] + weight * x[3]);
+        label_z[p] = number - number == 0 ? number : interpolated(e, p, label[p]);
+      }
     }
     if (__builtin_expect(odd, false)) correct(e, to);
-  }
-  // One number of the row at hand, by its channel.
-  SELFREG_DEVICE A in_line(int e, int p, int c) const {
-    const A* const line = line_at(group_of(c), line_column(e)) + (access_of(c) * P + p) * 2;
-    const A number = line[0] + column_weights(e)[slot()] * line[1];
-    return number - number == 0 ? number : interpolated(e, p, c);
   }
 
   // What is not finite is computed anew: where a weight is 0, the other number does not matter.
@@ -709,23 +717,22 @@ struct Worker {
     }
   }
 
-  // One number, the same as above where it is finite; of this thread's pixels, or of those in another column.
-  SELFREG_DEVICE A interpolated(int e, int p, int c) const { return interpolated(e, p, c, slot()); }
-  SELFREG_DEVICE A interpolated(int e, int p, int c, int x) const {
+  // One number, the same as above where it is finite.
+  SELFREG_DEVICE A interpolated(int e, int p, int c) const {
     const PixelView& view = a.exits[e];
-    if (!a.from[e].x) return logit(to_number(__ldg(row_of(view, p) + c * view.channel)));
+    if (!a.from[e].x) return to_number(__ldg(row_of(view, p) + c * view.channel));
     const ThePlace& place = place_under(e);
     const Offset right = Offset(place.right), below = Offset(place.below);
     const S* const at =
-        static_cast<const S*>(view.data) + i0 * view.step[0] + c * view.channel +
-        (Offset(place.low[p]) * Offset(view.step[1]) + Offset(place.column + column_lows(e)[x]) * Offset(view.step[2]));
-    const A left = to_number(__ldg(at)), right_ = to_number(__ldg(at + right));
-    const A low_left = to_number(__ldg(at + below)), low_right = to_number(__ldg(at + below + right));
-    const A w = place.weight[p], w_x = column_weights(e)[x], number_left = logit(left + w * (low_left - left));
-    const A number = number_left + w_x * (logit(right_ + w * (low_right - right_)) - number_left);
+        static_cast<const S*>(view.data) + place.first[p] + c * view.channel + column_lows(e)[slot()] * view.step[2];
+    const A left = to_number(__ldg(at)), next = to_number(__ldg(at + right));
+    const A low_left = to_number(__ldg(at + below)), low_next = to_number(__ldg(at + below + right));
+    const A step = next - left, down = low_left - left, next_down = low_next - next;
+    const A w = place.weight[p], w_x = column_weights(e)[slot()];
+    const A number = left + w_x * step + w * (down + w_x * (next_down - down));
     if (number - number == 0) return number;
     auto mix = [](A u, A v, A weight) { return weight == 0 ? u : weight == 1 ? v : (1 - weight) * u + weight * v; };
-    return logit(mix(mix(left, low_left, w), mix(right_, low_right, w), w_x));
+    return mix(mix(left, low_left, w), mix(next, low_next, w), w_x);
   }
 
   // Exits of the output's size beside them.
@@ -738,8 +745,7 @@ struct Worker {
     for (int v = 0; v < V; ++v) {
       const S* p = row_of(view, v) + channel(0, 0) * view.channel;
 #pragma unroll
-      for (int i = 0; i < I; ++i, p += stride() * view.channel)
-        to[i][v] = exists(i) ? logit(to_number(__ldg(p))) : kLowest<A>;
+      for (int i = 0; i < I; ++i, p += stride() * view.channel) to[i][v] = exists(i) ? to_number(__ldg(p)) : kLowest<A>;
     }
   }
   SELFREG_DEVICE void store_rows(int e) const {
@@ -765,49 +771,54 @@ struct Worker {
     return first;
   }
 
-  // Adds a gradient at the tile's pixels, of channels from c0 on, to the band's copy of the exit's; kOnce: less the
-  // labels' targets. First sums of the pixels between the same two columns, for the left one and the right one, which
-  // take the place of the lines; then a thread takes a column of the exit and some channels, and adds what is to its
-  // left and right, in order.
-  SELFREG_DEVICE void scatter(int e, const A (&gradient)[I][V], const A (&label_k)[P]) const {
-    constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
-    A* const numbers = shared + a.at.scattered;
-    const bool wide = is_wide(place_under(e).columns, pixel_threads());
-    const int cells = place_under(e).cells.divisor;
+  // Adds a gradient at the tile's pixels, of channels from c0 on, to the band's copy of the exit's, a span at a time:
+  // first sums of each column of pixels for the rows above and below; then of the pixels between the same two columns,
+  // for the left one and the right one, which take the place of the lines; then a thread takes a column of the exit and
+  // some channels, and adds what is to its left and right, in order.
+  SELFREG_DEVICE void scatter(int e, const A (&gradient)[I][V]) const {
+    constexpr int kTogether = sizeof(A) == 8 ? 1 : 2;
+    const ThePlace& place = place_under(e);
+    const bool wide = is_wide(place.columns, pixel_threads());
+    const int cells = place.cells.divisor;
+    A* const mine = shared + a.at.scattered + scattered_at<Shape>(thread());
 #pragma unroll 1
-    for (int begin = 0; begin < I; begin += Shape::kScattered) {
-      const int left = C - c0 - begin * stride();
-      if (left <= 0) break;
-      A* const mine = numbers + scattered_at<Shape>(thread());
+    for (int span = 0; span < P; span = end_of(place, span)) {
+      bool here[P];
+      A below[P];
 #pragma unroll
-      for (int part = 0; part < I; part += Shape::kScattered) {
-        if (part != begin) continue;
+      for (int p = 0; p < P; ++p) here[p] = p >= span && p < end_of(place, span), below[p] = place.weight[p];
+#pragma unroll 1
+      for (int begin = 0; begin < I; begin += Shape::kScattered) {
+        const int left = C - c0 - begin * stride();
+        if (left <= 0) break;
 #pragma unroll
-        for (int j = 0; j < kNumbers; j += kAccess) {
-          A x[kAccess];
+        for (int part = 0; part < I; part += Shape::kScattered) {
+          if (part != begin) continue;
 #pragma unroll
-          for (int k = 0; k < kAccess; ++k)
-            x[k] = part + (j + k) / P < I ? gradient[part + (j + k) / P][(j + k) % P] : A(0);
-          store_shared(mine + j, x);
+          for (int j = 0; j < Shape::kScattered; j += kTogether) {
+            A x[2 * kTogether] = {};
+#pragma unroll
+            for (int k = 0; k < kTogether; ++k) {
+              if (part + j + k >= I) continue;
+#pragma unroll
+              for (int v = 0; v < V; ++v) {
+                const A g = gradient[part + j + k][v];
+                if (here[v]) x[2 * k] += (1 - below[v]) * g, x[2 * k + 1] += below[v] * g;
+              }
+            }
+            store_shared(mine + 2 * j, x);
+          }
         }
+        __syncthreads();
+        sum_cells(e, begin, cells, wide);
+        __syncthreads();
       }
-      if constexpr (kOnce) {
-#pragma unroll
-        for (int p = 0; p < P; ++p) {
-          const int place = place_in_row[p] - begin * P;
-          if (a.labels && unsigned(place) < unsigned(kNumbers)) mine[place] -= label_k[p] * hot[p];
-        }
-      }
-      __syncthreads();
-      sum_cells(e, begin, cells, wide);
-      __syncthreads();
+      add_columns(e, span, cells, wide);
     }
-    add_columns(e, cells, wide);
   }
   // A cell: the pixels between two neighbouring columns; of a wide exit, each pixel.
   SELFREG_DEVICE void sum_cells(int e, int begin, int cells, bool wide) const {
-    constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kNumbers = Shape::kScattered * P;
-    constexpr int kTogether = 4, kTasks = kNumbers / kTogether;
+    constexpr int kAccess = sizeof(A) == 8 ? 2 : 4, kTogether = 4, kTasks = Shape::kScattered * 2 / kTogether;
     const A *const numbers = shared + a.at.scattered, *const weights = column_weights(e);
     const uint16_t* const firsts = column_firsts(e);
 #pragma unroll 1
@@ -832,37 +843,29 @@ struct Worker {
 #pragma unroll 1
       for (; left > 1; left -= 2, from += scattered_at<Shape>(2), weight += 2) add(0), add(1);
       if (left > 0) add(0);
-      A* const to = kept_shared(line_at(g, cell) + (begin * P + part) * 2);
+      A* const to = kept_shared(line_at(g, cell) + (begin * 2 + part) * 2);
 #pragma unroll
-      for (int j = 0; j < kTogether; j += 2) {
-        if constexpr (P == 2) {
-          store_shared<4>(to + 2 * j, {sum[j] - right[j], sum[j + 1] - right[j + 1], right[j], right[j + 1]});
-        } else {
-          store_shared<2>(to + 2 * j, {sum[j] - right[j], right[j]});
-          store_shared<2>(to + 2 * j + 2, {sum[j + 1] - right[j + 1], right[j + 1]});
-        }
-      }
+      for (int j = 0; j < kTogether; j += 2)
+        store_shared<4>(to + 2 * j, {sum[j] - right[j], sum[j + 1] - right[j + 1], right[j], right[j + 1]});
     }
   }
-  SELFREG_DEVICE void add_columns(int e, int cells, bool wide) const {
+  SELFREG_DEVICE void add_columns(int e, int span, int cells, bool wide) const {
     constexpr int kTogether = Shape::kAddedTogether;  // of a group's accesses, so that they lie side by side
     const ThePlace& place = place_under(e);
     const Divisor parts = a.added_parts;
     const int columns = place.columns, apart = alone ? 1 : stride();
-    const bool same_rows = place.low[0] == place.low[P - 1];
 #pragma unroll 1
     for (int task = thread(); task < columns * parts.divisor; task += threads()) {
       const int column = parts.of(task), part = task - column * parts.divisor;
       const int g = group_of(part), first = access_of(part) * kTogether, c = first * apart + g;
-      A sum[kTogether][P] = {};
+      A sum[kTogether][2] = {};
       auto add = [&](int cell, int side) {
-        const A* const from = kept_shared(line_at(g, cell) + (first * 2 + side) * P);
+        const A* const from = kept_shared(line_at(g, cell) + (first * 2 + side) * 2);
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-          A x[P];
-          load_shared(from + j * 2 * P, x);
-#pragma unroll
-          for (int p = 0; p < P; ++p) sum[j][p] += x[p];
+          A x[2];
+          load_shared(from + j * 4, x);
+          sum[j][0] += x[0], sum[j][1] += x[1];
         }
       };
       if (wide) {
@@ -873,21 +876,15 @@ struct Worker {
         if (column > 0) add(column - 1, 1);
         if (column < cells) add(column, 0);
       }
-      // Pixels that lie between the same rows are added at once.
 #pragma unroll
-      for (int r = 0; r < 2 * P; ++r) {
-        A* to = place.copy_rows[r];
+      for (int r = 0; r < 2; ++r) {
+        A* to = place.copy_rows[2 * span + r];
         if (!to) continue;
-        const bool more = place.more >> r & 1;
+        const bool more = place.more >> (2 * span + r) & 1;
         to += Offset(column) * Offset(C) + Offset(c0 + c);
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j, to += apart) {
-          A total = 0;
-#pragma unroll
-          for (int p = 0; p < P; ++p)
-            if (p == r / 2 || same_rows) total += (r % 2 ? place.weight[p] : 1 - place.weight[p]) * sum[j][p];
-          if (c0 + c + j * apart < C) *to = more ? *to + total : total;
-        }
+        for (int j = 0; j < kTogether; ++j, to += apart)
+          if (c0 + c + j * apart < C) *to = more ? *to + sum[j][r] : sum[j][r];
       }
     }
   }
@@ -912,11 +909,7 @@ struct Worker {
       for (int p = 0; p < P; ++p) label_z[p] = number(origin, e, p, label[p]);
     }
     if constexpr (kWhole) {
-      load_block(e, origin, z, again, m);
-      if (with_labels && leads && in_lines) {
-#pragma unroll
-        for (int p = 0; p < P; ++p) label_z[p] = in_line(e, p, label[p]);
-      }
+      load_block(e, origin, z, again, m, with_labels && leads && in_lines);
     } else {
       for (int c = 0; c < C; c += I * stride()) {
         begin_block(c);
@@ -944,7 +937,7 @@ struct Worker {
 
   // f(access, element, target_rc) for every number of the block at hand.
   template <class F>
-  SELFREG_DEVICE void each_target(int r, F f) const {
+  SELFREG_DEVICE void each_target(int r, F f) {
     if constexpr (kWhole) {
       const A* const row = target(r);
 #pragma unroll
@@ -975,14 +968,13 @@ struct Worker {
     }
     // Beside u = sum exp(y / tau), a raw power of tau != 1 needs Z = sum exp(y); at tau = 2 that is a sum of squares.
     const bool two = a.target == Target::raw && a.tau != A(1), squares = two && a.tau == A(2);
-    const A rate_tau = kOnce ? a.rate_tau * a.unit : a.rate_tau;
     A row[I][V], u[P] = {}, Z[P] = {};
     over_blocks(e, [&] {
-      each([&](int i, int v) { u[pixel_of(v)] += row[i][v] = exp2_of(z[i][v], rate_tau); });
+      each([&](int i, int v) { u[pixel_of(v)] += row[i][v] = exp2_of(z[i][v], a.rate_tau); });
       if (squares) {
         each([&](int i, int v) { Z[pixel_of(v)] += power<2>(row[i][v]); });
       } else if (two) {
-        each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], kOnce ? A(1) : A(kLog2e)); });
+        each([&](int i, int v) { Z[pixel_of(v)] += exp2_of(z[i][v], A(kLog2e)); });
       }
     });
     sum_across_groups(u);
@@ -996,7 +988,7 @@ struct Worker {
       sum[p] = two ? u[p] * factor[p] : A(1);
     }
     store_shared(scalars(r, kSum), sum);
-    if constexpr (!kOnce) store_shared(scalars(r, kMax), m);
+    store_shared(scalars(r, kMax), m);
     if constexpr (!kWhole) {
       store_shared(scalars(r, kLogFactor), log_factor);
     } else {
@@ -1006,7 +998,7 @@ struct Worker {
 #pragma unroll
         for (int k = 0; k < kTargetVector; ++k) {
           const int i = (j + k) / V, v = (j + k) % V;
-          q[k] = (kPlain ? row[i][v] : exp2_of(z[i][v], a.rate_tau)) * factor[pixel_of(v)];
+          q[k] = kPlain ? row[i][v] * factor[pixel_of(v)] : exp2_fast(z[i][v] * a.rate_tau + log_factor[pixel_of(v)]);
         }
         store_shared(target(r) + j, q);
       }
@@ -1167,56 +1159,6 @@ struct Worker {
     });
   }
 
-  // The same for rows of which nothing is rare: a target is read once, for the loss and the gradient.
-  SELFREG_DEVICE void plain_student(int e) {
-    A u[I][V], Z[P] = {}, log_z[P], label_k[P], f[P], loss[P];
-    each([&](int i, int v) { Z[pixel_of(v)] += u[i][v] = exp2_fast(z[i][v]); });
-    sum_across_groups(Z);
-    gradient_of_loss(0, e, label_k);
-#pragma unroll
-    for (int p = 0; p < P; ++p) {
-      log_z[p] = log_normalizer(Z[p]);
-      loss[p] = label_w[p] != 0 ? label_w[p] * (hot[p] * (log_z[p] - (label_z[p] - m[p]) * a.unit)) : A(0);
-      f[p] = label_k[p] * hot[p];
-    }
-    put_loss(0, e, loss);
-    for (int r = 0; r < a.T; ++r) {
-      if (!teaches(r, e)) continue;
-      A sum[P], k[P];
-      load_shared(scalars(r, kSum), sum);
-      gradient_of_loss(r + 1, e, k);
-#pragma unroll
-      for (int p = 0; p < P; ++p) f[p] += k[p] * sum[p];
-    }
-#pragma unroll
-    for (int p = 0; p < P; ++p) f[p] *= reciprocal(Z[p]);
-    each([&](int i, int v) { u[i][v] *= f[pixel_of(v)]; });
-    for (int r = 0; r < a.T; ++r) {
-      if (!teaches(r, e)) continue;
-      A sum[P], k[P], dot[P] = {};
-      gradient_of_loss(r + 1, e, k);
-      each_target(r, [&](int i, int v, A q) {
-        dot[pixel_of(v)] += q * z[i][v];
-        u[i][v] -= k[pixel_of(v)] * q;
-      });
-      guard(r, e, dot);
-      sum_across_groups(dot);
-      load_shared(scalars(r, kSum), sum);
-#pragma unroll
-      for (int p = 0; p < P; ++p)
-        loss[p] = soft_w[p] * soft_loss(sum[p], dot[p], log_z[p], a.log_z_scale, a.dot_scale * a.unit);
-      put_loss(r + 1, e, loss);
-    }
-    if (!a.grads[e].data) return;
-    if (a.from[e].x) {
-      scatter(e, u, label_k);
-    } else {
-      each([&](int i, int v) { z[i][v] = u[i][v]; });
-      subtract_hot(e, label_k, a.labels && gain(0, e) != 0);
-      store_rows(e);
-    }
-  }
-
   SELFREG_DEVICE A class_weight(int c) const { return a.class_weight ? a.class_weight[c] : A(1); }
 
   // The dot product of the r-th teacher's target and exit e's y: for argmax, the y at that place.
@@ -1321,7 +1263,7 @@ struct Worker {
   // ---- a teacher that learns: target_c (sum over students of k_s log-probability_sc) ----
 
   // said[i][v] of the block at hand of teacher r = exit e.
-  SELFREG_DEVICE void what_students_say(int r, int e, A (&to)[I][V]) const {
+  SELFREG_DEVICE void what_students_say(int r, int e, A (&to)[I][V]) {
     A t[I][V], normalizers[P] = {};
     each([&](int i, int v) { to[i][v] = 0; });
     for (int s = 0; s < a.N; ++s) {
@@ -1379,11 +1321,7 @@ struct Worker {
       const bool again = !kWhole && step >= students;
       const int e = again ? a.teachers[step - students] : a.order[step];
       if (step > 0 || a.T == 0) read(e, false, true);  // the last teacher is the first student, and at hand
-      if constexpr (kOnce) {
-        plain_student(e);
-      } else {
-        student(e, again);
-      }
+      student(e, again);
     }
   }
 
@@ -1466,6 +1404,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
   Worker<Shape>(args, reinterpret_cast<A*>(shared)).run();
 }
 
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kMinBlocks)
+    small_exits_kernel(const __grid_constant__ SmallArgs args) {
+  SELFREG_DYNAMIC_SHARED(shared);
+  SmallWorker<Shape>(args, reinterpret_cast<float*>(shared)).run();
+}
+
 // ---- the choice of a shape -------------------------------------------------------------------------------------
 
 template <Layout layout, int K, int V, int lanes, bool whole, bool plain>
@@ -1495,19 +1440,11 @@ bool launch_shape(const Launch<A>& launch, Args<A>& args, dim3 block) {
 
 #if SELFREG_STORAGE != 1
 
-// Of resized exits, channels a thread: with two more of two rows each, the compiler runs out of registers.
-template <int V>
-constexpr int kMostResized = V == 2 ? 22 : 24;
-
 // A row of channels in registers, K of them a thread, V to an access where alignment allows. The more channels, the
 // fewer pixels: K V numbers stay in registers.
 template <Layout layout, int V, int lanes, bool plain>
 bool launch_whole(const Launch<A>& launch, Args<A>& args, dim3 block, int channels) {
-  constexpr int most = layout == Layout::resized ? kMostResized<V>
-                       : layout == Layout::lanes ? 32
-                       : V == 4                  ? 8
-                       : V == 2                  ? 24
-                                                 : 32;
+  constexpr int most = layout == Layout::lanes ? 32 : V == 4 ? 8 : V == 2 ? 24 : 32;
   if constexpr (most < 32 && layout != Layout::resized) {
     if (channels > most) return launch_whole<layout, V / 2, lanes, plain>(launch, args, block, channels);
   }
@@ -1541,16 +1478,59 @@ bool launch_planes(const Launch<A>& launch, Args<A>& args) {
   return launch_whole<Layout::planes, 1, 1, plain>(launch, args, block, channels);
 }
 
-// Two rows at a time, which share most of what they are interpolated from; one where options need the registers.
+// Not all are smaller than the output, or with rare options: two rows at a time, which share what they are interpolated
+// from.
 template <bool plain>
 bool launch_resized(const Launch<A>& launch, Args<A>& args) {
-  constexpr int V = plain ? 2 : 1;
-  args.groups = (args.C + kMostResized<V> - 1) / kMostResized<V>;
+  args.groups = (args.C + 23) / 24;
   if (args.groups > 12) args.groups += args.groups % 2;  // half warps: an even number of them
   const int channels = (args.C + args.groups - 1) / args.groups;
   const dim3 block = args.groups == 1 ? dim3(128, 1) : dim3(args.groups <= 12 ? 32 : 16, args.groups);
   if (args.groups > 24) return false;
-  return launch_whole<Layout::resized, V, 1, plain>(launch, args, block, channels);
+  return launch_whole<Layout::resized, 2, 1, plain>(launch, args, block, channels);
+}
+
+template <int K, bool spread>
+bool launch_small_shape(const Launch<A>& launch, SmallArgs& small, dim3 block) {
+  using TheShape = SmallShape<S, K, spread>;
+  Args<A>& args = small.all;
+  small.at = small_layout<TheShape>(small, block.x * block.y);
+  const int64_t shared = small.at.total * int64_t(sizeof(A));
+  const int64_t most = most_blocks(launch, small_exits_kernel<TheShape>, block, shared);
+  if (most < (spread ? 1 : 2) * launch.processors) return false;  // with so few threads, the general kernel is faster
+  args.cut = cut_output(args.size[0], args.size[1], args.size[2], block.x, TheShape::P, most);
+  small.bands = int(args.size[0] * args.cut.bands * args.cut.strips);
+  small.pitch = args.groups * K;
+  place_vectors(small);
+  int64_t positions = 1;
+  for (int s = 0; s < args.sizes; ++s) {
+    if (small.copy_numbers[s] >> 31) return false;
+    const int2 from = args.from[small.size_first[s]];
+    positions = std::max(positions, args.size[0] * from.x * from.y);
+  }
+  small.taken = true;
+  small.combined_blocks = std::min((positions + kSmallThreads - 1) / kSmallThreads, kMaxCombineBlocks);
+  const dim3 grid(unsigned(small.combined_blocks), unsigned(args.N));
+  if (!launch.dry) launch_kernel(peak_kernel<S>, grid, kSmallThreads, launch.stream, small);
+  launch_blocks(launch, small_exits_kernel<TheShape>, small, block, shared, small.bands < most ? small.bands : most);
+  if (!launch.dry) launch_kernel(combine_kernel<S>, grid, kSmallThreads, launch.stream, small);
+  return true;
+}
+
+bool launch_small(const Launch<A>& launch, SmallArgs& small) {
+  Args<A>& args = small.all;
+  args.groups = (args.C + kMostOfThread - 1) / kMostOfThread;
+  if (args.groups > 8) args.groups += args.groups % 2;  // half warps: an even number of them
+  const int channels = (args.C + args.groups - 1) / args.groups;
+  if (args.groups > 1) {
+    const dim3 block(args.groups <= 8 ? 32 : 16, args.groups);
+    return channels <= 16 ? launch_small_shape<16, true>(launch, small, block)
+                          : launch_small_shape<kMostOfThread, true>(launch, small, block);
+  }
+  return channels <= 8    ? launch_small_shape<8, false>(launch, small, dim3(128))
+         : channels <= 16 ? launch_small_shape<16, false>(launch, small, dim3(128))
+         : channels <= 20 ? launch_small_shape<20, false>(launch, small, dim3(128))
+                          : launch_small_shape<kMostOfThread, false>(launch, small, dim3(128));
 }
 
 template <bool plain>
@@ -1579,10 +1559,8 @@ bool launch_rows_as(const Launch<A>& launch, Args<A>& args) {
 
 bool launch_rows(const Launch<A>& launch, Args<A>& args) {
   if (args.teacher_learns || args.C > 1024 || !launch.near) return false;
-  const bool two_rates = args.target == Target::renormalized && args.labels && args.T > 0;
-  const bool plain =
-      args.target != Target::argmax && !two_rates && args.smoothing == 0 && args.reduction != Reduction::none;
-  return plain ? launch_rows_as<true>(launch, args) : launch_rows_as<false>(launch, args);
+  if (launch.small && launch_small(launch, *launch.small)) return true;
+  return is_plain(args) ? launch_rows_as<true>(launch, args) : launch_rows_as<false>(launch, args);
 }
 
 #endif

@@ -140,15 +140,6 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   if (threadIdx.x == 0) a.counts[2 * blockIdx.x] = label, a.counts[2 * blockIdx.x + 1] = soft;
 }
 
-template <class... Exp, class... Act>
-void launch_kernel(void (*kernel)(Exp...), dim3 blocks, int threads, cudaStream_t stream, const Act&... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = dim3(unsigned(threads));
-  config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 template <class A>
 int64_t count_pixels(const Args<A>& args, double* counts, int processors, cudaStream_t stream) {
   const CountArgs<A> count{args.labels, args.class_weight, args.pixel_weight, args.pixels,
@@ -166,8 +157,8 @@ int64_t count_pixels(const Args<A>& args, double* counts, int processors, cudaSt
 
 template <class A>
 struct FinishArgs {
-  const double *partial, *norm;  // [entries, blocks]; [2]
-  int64_t blocks;
+  const double *partial, *combined, *norm;  // [entries, blocks], [entries, combined_blocks], [2]
+  int64_t blocks, combined_blocks;
   int32_t entries, N;
   bool weighted;
   A weights[(kMaxExits + 1) * kMaxExits];
@@ -182,6 +173,7 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fi
     double sum = 0;
 #pragma unroll 8
     for (int64_t b = lane; b < a.blocks; b += 32) sum += a.partial[i * a.blocks + b];
+    for (int64_t b = lane; b < a.combined_blocks; b += 32) sum += a.combined[i * a.combined_blocks + b];
     sum = warp_sum(sum);
     if (lane == 0) a.losses[i] = losses[i] = a.blocks ? A(sum * a.norm[i < a.N ? 0 : 1]) : A(0);
   }
@@ -275,16 +267,50 @@ void join_copies(const ExitLoss& L, const Args<A>& args, const Cut& cut, const A
   launch_kernel(kernel, dim3(unsigned(blocks), unsigned(L.N)), kThreads, launch.stream, join);
 }
 
+// ---- exits that are all small: small_exits.h -------------------------------------------------------------------
+
+// Whether that kernel will do; what is known before the output is cut. Peaks come first, then copies.
+bool plan_small(const Args<float>& args, const Launch<float>& launch, double* combined, SmallArgs& small) {
+  // Raw targets of other temperatures underflow where what they are a power of does not, or the other way round; of
+  // large ones, gradients are small differences of large sums.
+  const bool fits = args.T == 0 || (args.tau >= 0.5f && args.tau <= 8);
+  const bool suits = args.C > 1 && args.C <= kMostSmallChannels;  // of one channel, gradients are to be exactly 0
+  if (!fits || !suits || !is_plain(args) || args.teacher_learns || !launch.near) return false;
+  if (args.pixels >> 31) return false;
+  int64_t peaks = 0;
+  for (int e = args.N; e-- > 0;) {
+    const int2 from = args.from[e];
+    if (from.x == 0 || from.x > args.size[1] || from.y > args.size[2]) return false;
+    const int s = args.size_number[e];
+    small.size_first[s] = e;
+    if (peaks == 0 || from.x > args.from[small.size_first[small.finest]].x) small.finest = s;
+    small.peaks_from[e] = peaks;
+    peaks += args.size[0] * from.x * from.y;
+  }
+  if (peaks >> 31) return false;
+  for (int s = 0; s < args.sizes; ++s) small.vectors[s] = uint8_t(args.T + 1);
+  for (int e = 0; e < args.N; ++e)
+    if (args.grads[e].data) small.rank[e] = small.vectors[args.size_number[e]]++;
+  small.all = args;
+  small.peaks = launch.copies;
+  small.copies_begin = (peaks + 3) / 4 * 4;
+  small.copies = launch.copies + small.copies_begin;
+  small.combined = combined;
+  return true;
+}
+
 // ---- the launch ------------------------------------------------------------------------------------------------
 
 struct Workspace {
-  int64_t norm, counts, partial, total;  // numbers of double
+  int64_t norm, counts, partial, combined, total;  // numbers of double
 };
 
 Workspace workspace(const ExitLoss& L) {
   const int64_t blocks = std::min(kMaxBlocks, L.B * L.H * L.W);
-  Workspace w{0, 2, 2 + 2 * kMaxCountBlocks, 0};
-  w.total = w.partial + (L.T + 1) * L.N * blocks;
+  const bool resized = std::any_of(L.exits, L.exits + L.N, [&](const View& v) { return v.H != L.H || v.W != L.W; });
+  Workspace w{0, 2, 2 + 2 * kMaxCountBlocks, 0, 0};
+  w.combined = w.partial + (L.T + 1) * L.N * blocks;
+  w.total = w.combined + (resized ? (L.T + 1) * L.N * kMaxCombineBlocks : 0);
   return w;
 }
 
@@ -295,6 +321,7 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   numbers = at.total;
   int64_t blocks = 0;
   Cut cut{};
+  SmallArgs small{};
   Launch<A> launch{};
   launch.dry = !room;
   launch.copies = reinterpret_cast<A*>(room + at.total);
@@ -330,7 +357,6 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.tau = A(L.temperature);
   args.rate_tau = A(kLog2e / L.temperature);
   args.rate = L.target == Target::renormalized && !L.labels ? args.rate_tau : A(kLog2e);
-  args.unit = 1 / args.rate;
   args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
   args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
   args.hot_weight = A(1 - L.label_smoothing);
@@ -351,6 +377,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
     }
     args.soft_norm = 1.0 / double(args.pixels);
     const Args<A> planned = args;  // with the gradients' own memory
+    if constexpr (sizeof(A) == 4)
+      if (resized && plan_small(args, launch, room + at.combined, small)) launch.small = &small;
     cudaError_t error;
     if constexpr (sizeof(A) == 8) {
       error = launch_exit_loss<double>(launch, args);
@@ -360,13 +388,21 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
                                           : launch_exit_loss<__nv_bfloat16>(launch, args);
     }
     if (error != cudaSuccess) return error;
-    if (resized && !launch.dry) join_copies(L, planned, cut, launch.copies, launch);
-    if (resized) numbers += (place_copies(planned, cut, [](int, int64_t) {}) * sizeof(A) + 7) / 8;
+    int64_t copies = 0;  // numbers of A
+    if (small.taken) {
+      copies = small.copies_begin + place_vectors(small);
+    } else if (resized) {
+      copies = place_copies(planned, cut, [](int, int64_t) {});
+      if (!launch.dry) join_copies(L, planned, cut, launch.copies, launch);
+    }
+    numbers += (copies * int64_t(sizeof(A)) + 7) / 8;
   }
   if (launch.dry) return cudaSuccess;
 
   FinishArgs<A> finish{};
   finish.partial = room + at.partial;
+  finish.combined = room + at.combined;
+  finish.combined_blocks = small.combined_blocks;
   finish.norm = room + at.norm;
   finish.blocks = blocks;
   finish.N = L.N;

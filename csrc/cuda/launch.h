@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "args.h"
+#include "small_exits.h"
 
 namespace selfreg {
 
@@ -12,12 +13,13 @@ constexpr int64_t kMaxBlocks = 4096;
 
 template <class A>
 struct Launch {
-  Layout layout;  // planes, lanes, or staged where lanes may also be staged
-  int vector;     // so many neighbours, a power of 2, can be one access
-  bool near;      // a pixel's channels are less than 2^32 numbers apart; an image's numbers, where exits are resized
-  bool dry;       // nothing is launched: it is about the workspace
-  A* copies;      // room for the private copies of gradients, where exits are resized
-  Cut* cut;       // out, likewise
+  Layout layout;     // planes, lanes, or staged where lanes may also be staged
+  int vector;        // so many neighbours, a power of 2, can be one access
+  bool near;         // a pixel's channels are less than 2^32 numbers apart; an image's numbers, where exits are resized
+  bool dry;          // nothing is launched: it is about the workspace
+  A* copies;         // room for the private copies of gradients, where exits are resized
+  Cut* cut;          // out, likewise
+  SmallArgs* small;  // where the kernel of small_exits.h will do; out: whether it was that one
   int device, processors;
   cudaStream_t stream;
   int64_t* blocks;  // out: how many there are
@@ -43,17 +45,26 @@ inline int resident_blocks(const void* kernel, int device, int threads, int64_t 
   return found->second;
 }
 
+template <class... Exp, class... Act>
+void launch_kernel(void (*kernel)(Exp...), dim3 blocks, int threads, cudaStream_t stream, const Act&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // As many blocks as the device runs at a time; 0 where it can run none.
-template <class A>
-int64_t most_blocks(const Launch<A>& launch, void (*kernel)(Args<A>), dim3 block, int64_t shared) {
+template <class A, class TheArgs>
+int64_t most_blocks(const Launch<A>& launch, void (*kernel)(TheArgs), dim3 block, int64_t shared) {
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), launch.device, block.x * block.y, shared);
   const int64_t blocks = int64_t(resident) * launch.processors;
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
 // `blocks` of them share out what there is to do.
-template <class A>
-void launch_blocks(const Launch<A>& launch, void (*kernel)(Args<A>), const Args<A>& args, dim3 block, int64_t shared,
+template <class A, class TheArgs>
+void launch_blocks(const Launch<A>& launch, void (*kernel)(TheArgs), const TheArgs& args, dim3 block, int64_t shared,
                    int64_t blocks) {
   *launch.blocks = blocks;
   if (launch.dry) return;
@@ -78,6 +89,13 @@ inline Cut cut_output(int64_t B, int64_t H, int64_t W, int64_t columns, int64_t 
   }
   const int64_t rows = parts(parts(H, best), tile_rows) * tile_rows;
   return {H, W, int32_t(rows), int32_t(columns), int32_t(parts(H, rows)), int32_t(strips)};
+}
+
+// Whether nothing is asked for that is rare, or costs much where it is.
+template <class A>
+bool is_plain(const Args<A>& args) {
+  const bool two_rates = args.target == Target::renormalized && args.labels && args.T > 0;
+  return args.target != Target::argmax && !two_rates && args.smoothing == 0 && args.reduction != Reduction::none;
 }
 
 // Says where the private copies of exits' gradients begin, to(e, number of A); returns how many numbers they are.

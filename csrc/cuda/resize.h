@@ -5,24 +5,24 @@
 // down it, and alone adds to its private copy of the part of the gradient that lies under it, in global memory. Copies
 // overlap by a few rows and columns; the last kernel adds them up, in order.
 //
-// A tile is two rows of a strip. For each exit, the block first draws the lines under it: the exit's rows, interpolated
-// vertically, at the exit's own width, with the step to the next column, in shared memory. A thread's pixels lie below
-// each other; its numbers of two rows are one load and two multiplications a channel. On the way back, the gradient
-// goes to shared memory once; cells of pixels between the same two columns are summed for both of these, and the sums
-// of cells added up for each column and spread over rows, both at the exit's own resolution.
+// Exits none of which is larger than the output, with nothing rare asked for, have a kernel of their own, which does
+// half the work: small_exits.h. What follows is about the general one.
+//
+// A tile is two rows of a strip. For each exit, the block first draws lines: of each two neighbouring columns of the
+// exit's two rows, what is interpolated from, in shared memory. A thread's pixels lie below each other; from one load
+// and two multiplications a channel, each of its rows takes another one. On the way back a thread adds up its rows for
+// the exit's row above and the one below; cells of pixels between the same two columns are summed for both of these;
+// the sums of cells are added up for each column, at the exit's own resolution. Rows of a tile that lie between others
+// of the exit's rows are another span, and go this way again.
 //
 // Why so. Counted, not measured: no GPU has run this. Instructions an output pixel, channel and exit, executed for one
-// block of five exits at an eighth of (8, 21, 512, 512), two of them teachers, float32, sm_90, 168 registers, 12 warps:
-// - In all 45: drawing lines 6, reading them with the maximum 8, teachers 3, losses and gradient 12, storing gradients
-//   2, summing cells 7, adding columns 5, what a tile needs once 2. In all issue slots of an H200 (132 x 4 x 1.75 GHz)
-//   that is 0.33 ms; the exponentials alone would take a fourth of it.
+// block of five exits at an eighth of (8, 21, 512, 512), two of them teachers, float32, sm_90, 168 registers:
+// - In all 50, of which the losses and the gradient take 20. In all issue slots of an H200 (132 x 4 x 1.75 GHz) that is
+//   0.37 ms. The kernel of its own: 25.
 // - Without lines, each thread interpolating from global memory, from column to pixel first, and then a thread a column
 //   that summed the pixels on both sides of it, each pixel twice: 65.
-// - Gradients added up vertically over all rows between two of the exit's, and across once for them, would save most of
-//   the last two, but take 2 C numbers a column and exit: 100 KB a block for C = 21 and 5 exits. So would tiles of four
-//   rows, half of it, with room for 8 warps instead of 12: their targets take 90 KB.
-// - Lines of an exit at a quarter or more of the size leave room for two blocks instead of three, at the full size for
-//   one. An exit wider than the strip is drawn pixel by pixel: slow, but rare.
+// - Lines of an exit at the full size leave room for one block. An exit wider than the strip is drawn pixel by pixel:
+//   slow, but rare.
 // - A gather (each element looks up its pixels) has to compute softmaxes four times, or to keep B x C x H x W of them.
 // - Copies in global memory, not in shared memory: what a tile adds is a fraction of what it computes, and shared
 //   memory is what limits the number of blocks. They are 1.3 to 1.7 times the gradients, of exits at an eighth of the
