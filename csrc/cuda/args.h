@@ -130,7 +130,9 @@ enum class Layout {
 
 // For how many channels there are kernels: 8, 16, 24, 32; and where most of the work is also 20 and 22, for 19 and 21,
 // or 28 and 30, so that few of a thread's channels may not exist.
-constexpr bool has_fine_steps(Layout layout, int V, bool plain) { return plain && layout != Layout::lanes && V == 2; }
+constexpr bool has_fine_steps(Layout layout, int V, bool plain) {
+  return plain && layout != Layout::lanes && layout != Layout::resized && V == 2;
+}
 constexpr bool has_fine_last_steps(Layout layout, int V, bool plain) {
   return plain && layout == Layout::planes && V == 1;
 }
