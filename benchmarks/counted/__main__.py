@@ -4,7 +4,8 @@ The CUDA kernels are compiled by nvcc, the Triton kernels by what Triton brings 
 
 From the counts, with the numbers of an H200, follow two times that the kernel cannot beat: that of the instructions,
 four of which a multiprocessor issues a cycle, and that of the memory, each exit read and each gradient written once.
-The launch's other kernels, before and after, take `others_ms` of issue slots; of Triton's they are not counted.
+The launch's other kernels, before and after, take `others_ms` of issue slots, if all their blocks take what one in the
+middle does; of Triton's they are not counted.
 """
 
 from __future__ import annotations

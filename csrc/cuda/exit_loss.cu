@@ -1497,7 +1497,8 @@ bool launch_small_shape(const Launch<A>& launch, SmallArgs& small, dim3 block) {
   small.at = small_layout<TheShape>(small, block.x * block.y);
   const int64_t shared = small.at.total * int64_t(sizeof(A));
   const int64_t most = most_blocks(launch, small_exits_kernel<TheShape>, block, shared);
-  if (most < (spread ? 1 : 2) * launch.processors) return false;  // with so few threads, the general kernel is faster
+  if (most < (spread ? 1 : 2) * launch.processors)
+    return false;  // four warps alone would wait: the general kernel has more
   args.cut = cut_output(args.size[0], args.size[1], args.size[2], block.x, TheShape::P, most);
   small.bands = int(args.size[0] * args.cut.bands * args.cut.strips);
   small.pitch = args.groups * K;

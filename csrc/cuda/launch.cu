@@ -287,7 +287,7 @@ bool plan_small(const Args<float>& args, const Launch<float>& launch, double* co
     small.peaks_from[e] = peaks;
     peaks += args.size[0] * from.x * from.y;
   }
-  if (peaks >> 31) return false;
+  if (peaks >> 30) return false;  // they are counted, in steps of a grid, in int
   for (int s = 0; s < args.sizes; ++s) small.vectors[s] = uint8_t(args.T + 1);
   for (int e = 0; e < args.N; ++e)
     if (args.grads[e].data) small.rank[e] = small.vectors[args.size_number[e]]++;

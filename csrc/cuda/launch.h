@@ -17,7 +17,7 @@ struct Launch {
   int vector;        // so many neighbours, a power of 2, can be one access
   bool near;         // a pixel's channels are less than 2^32 numbers apart; an image's numbers, where exits are resized
   bool dry;          // nothing is launched: it is about the workspace
-  A* copies;         // room for the private copies of gradients, where exits are resized
+  A* copies;         // room for the private copies of gradients, where exits are resized; or as small_exits.h has it
   Cut* cut;          // out, likewise
   SmallArgs* small;  // where the kernel of small_exits.h will do; out: whether it was that one
   int device, processors;
@@ -45,6 +45,7 @@ inline int resident_blocks(const void* kernel, int device, int threads, int64_t 
   return found->second;
 }
 
+// One without dynamic shared memory.
 template <class... Exp, class... Act>
 void launch_kernel(void (*kernel)(Exp...), dim3 blocks, int threads, cudaStream_t stream, const Act&... args) {
   cudaLaunchConfig_t config{};

@@ -824,7 +824,8 @@ __global__ void __launch_bounds__(kSmallThreads, 2) combine_kernel(const __grid_
   const Axis rows{h, cut.height, all.align_corners}, columns{w, cut.width, all.align_corners};
   const Copies copies(cut, h, w, all.align_corners);
   const float* const vectors = a.copies + a.copies_from[s];
-  __shared__ float gains[kMaxExits + 1], dots[kMaxExits + 1][kSmallThreads];
+  __shared__ float gains[kMaxExits + 1];
+  __shared__ double dots[kMaxExits + 1][kSmallThreads];  // of any number of positions
   for (int r = threadIdx.x; r <= all.T; r += kSmallThreads)
     gains[r] = small_gain(all, r * all.N + e, all.norm[0], all.norm[1]);
   for (int r = 0; r <= all.T; ++r) dots[r][threadIdx.x] = 0;
@@ -891,7 +892,7 @@ __global__ void __launch_bounds__(kSmallThreads, 2) combine_kernel(const __grid_
           if (sum[j] != 0) dot += sum[j] * z[j];
           total[j] -= gains[r] * sum[j];
         }
-        dots[r][threadIdx.x] += dot;
+        dots[r][threadIdx.x] += double(dot);
       }
       if (!grad.data) continue;
       add_copies(a.rank[e]);
@@ -905,7 +906,7 @@ __global__ void __launch_bounds__(kSmallThreads, 2) combine_kernel(const __grid_
   __syncthreads();
   for (int r = threadIdx.x / 32; r <= all.T; r += kSmallThreads / 32) {  // a warp a target
     double sum = 0;
-    for (int k = threadIdx.x % 32; k < kSmallThreads; k += 32) sum += double(dots[r][k]);
+    for (int k = threadIdx.x % 32; k < kSmallThreads; k += 32) sum += dots[r][k];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0)
       a.combined[int64_t(r * all.N + e) * gridDim.x + blockIdx.x] = sum * (r == 0 ? -1 : -double(all.dot_scale));
