@@ -158,13 +158,18 @@ def choose(name: str, device_type: str) -> str:
         if device_type in _FALLEN and not torch.compiler.is_compiling():
             _warn_of_fallback(device_type)
         return _AUTO.get(device_type, "reference")
-    if name not in NAMES:
-        raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
+    check_name(name)
     if name not in _SERVING.get(device_type, ("reference",)):
         raise ValueError(f"backend: {name!r} does not compute on {device_type} tensors; pass backend='auto'")
     if _STATUS[name] != AVAILABLE:
         raise RuntimeError(f"backend {name!r}: {_STATUS[name]}")
     return name
+
+
+def check_name(name: str) -> None:
+    """ValueError for what is neither "auto" nor a backend's name."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
 
 
 def _warn_of_fallback(device_type: str) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd, reference
+from . import autograd, checks, reference
 from .backends import choose
 from .distributed import Group, check_group, count_dtype, mean_over_ranks
 from .ops import Options
@@ -33,11 +32,9 @@ __all__ = [
 ]
 
 VALIDATE = os.environ.get("SELFREG_FAST_VALIDATE") == "1"
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-_TAU = (1e-15, 1e15)  # float32 has its square and its reciprocal
 
 
+@checks.named
 def exit_loss_matrix(
     exits: Sequence[Tensor],
     labels: Tensor | None = None,
@@ -69,16 +66,19 @@ def exit_loss_matrix(
 
     Args:
         exits: N tensors, shallow to deep, all (B, C), (B, C, L), (B, C, H, W) or (B, C, D, H, W); float32, float16,
-            bfloat16 or float64, one dtype; any strides. 4-d exits may differ in (H, W): they are resized bilinearly.
+            bfloat16 or float64, one dtype; any strides. (B, C, H, W) may differ in (H, W): they are resized bilinearly,
+            within the kernels. (B, C, D, H, W) may differ in (D, H, W): `F.interpolate` resizes them trilinearly, in
+            float32 or float64, which takes the memory of every exit at output size.
         labels: (B, ...) uint8, int32 or int64 class indices, `ignore_index` where there is none. None: row 0 is 0.
         teachers: distinct indices of exits, negative ones counted from the deepest.
         temperature: tau > 0, from 1e-15 to 1e15.
         renormalize: False: teacher and student are softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
         target: "soft", or "argmax": the teacher's most likely class is a hard label (tau plays no part).
         ignore_index: label that does not count.
-        class_weight: (C,) floating, as `weight` of `F.cross_entropy`.
+        class_weight: (C,) floating, as `weight` of `F.cross_entropy`. Without label smoothing that of a class which no
+            label has plays no part, be it infinite.
         label_smoothing: in [0, 1], as in `F.cross_entropy`.
-        size: output (H, W). None: the labels' size, else the largest exit's.
+        size: output (H, W), or (D, H, W). None: the labels' size, else the largest exit's.
         align_corners: as in `F.interpolate`.
         pixel_weight: (B, ...) floating, at output size: weighs label and soft losses.
         mask_soft: True: soft losses, too, skip pixels whose label is ignored.
@@ -98,7 +98,12 @@ def exit_loss_matrix(
 
     Returns:
         (T + 1, N) losses, or (T + 1, N, B, ...) with `reduction="none"`; float32, or float64 for float64 exits;
-        differentiable once with respect to the exits.
+        differentiable once with respect to the exits. (The gradient itself can be differentiated by what it was given,
+        as learned weights of losses need it: of the total cheaply, else by the reference and its memory.)
+
+    Warns:
+        Once a process: an exit's aspect ratio is 1.5 times the output's or more, both of at least 8 x 8 (axes may be
+        swapped); labels for exits of one channel (their loss is 0 always).
 
     Accuracy:
         Against float64 on the same exits, of a fused backend, u = 2e-6 (1e-14 for float64 exits). A mean loss L errs by
@@ -138,6 +143,7 @@ def exit_loss_matrix(
     )[1]
 
 
+@checks.named
 def sr_f_loss(
     features: Sequence[Tensor],
     *,
@@ -169,7 +175,7 @@ def sr_f_loss(
 
     Source: Zhang et al., ICCV 2021.
     """
-    n = _count(features, "features", at_least=2)
+    n = checks.count(features, "features", at_least=2)
     return _row_sum(
         features,
         [0.0] * n + [0.0] + [1.0] * (n - 1),
@@ -188,6 +194,7 @@ def sr_f_loss(
     )
 
 
+@checks.named
 def sr_l_loss(
     logits: Sequence[Tensor],
     *,
@@ -219,7 +226,7 @@ def sr_l_loss(
 
     Source: Zhang et al., ICCV 2021.
     """
-    n = _count(logits, "logits", at_least=2)
+    n = checks.count(logits, "logits", at_least=2, instead="mea_loss takes one")
     return _row_sum(
         logits,
         [0.0] * n + [1.0] * (n - 1) + [0.0],
@@ -238,6 +245,7 @@ def sr_l_loss(
     )
 
 
+@checks.named
 def mea_loss(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -273,11 +281,11 @@ def mea_loss(
 
     Source: Zhang et al., ICCV 2021.
     """
-    n = _count(logits, "logits")
-    _require_tensor(labels, "labels")
+    n = checks.count(logits, "logits")
+    checks.check_labels(labels)
     return _row_sum(
         logits,
-        _exit_weights(exit_weights, n),
+        checks.exit_weights_of(exit_weights, n),
         labels,
         name="logits",
         ignore_index=ignore_index,
@@ -293,6 +301,7 @@ def mea_loss(
     )
 
 
+@checks.named
 def self_regulation_loss(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -303,7 +312,7 @@ def self_regulation_loss(
     mea_weight: float | None = 1.0,
     sr_f_weight: float | None = 1.0,
     sr_l_weight: float | None = 1.0,
-    seg_weight: float = 0.8,
+    seg_weight: float | None = None,
     cls_weight: float = 0.2,
     temperature: float = 1.0,
     renormalize: bool = False,
@@ -332,12 +341,13 @@ def self_regulation_loss(
         labels: (B, ...) uint8, int32 or int64.
         features: N' >= 2 feature maps, shallow to deep, for SR-F; None: SR-F runs on `logits`. They are resized to the
             same output size; to compare them at their own size, add :func:`sr_f_loss` to the other terms yourself.
-        image_logits: image-level predictions (B, K) before the sigmoid, one for each exit; None: MEA is its
+        image_logits: image-level predictions (B, C) before the sigmoid, one for each exit; None: MEA is its
             segmentation part.
-        presence: (B, K) 1 where the class occurs in the image, else 0; None: made from `labels`.
+        presence: (B, C) 1 where the class occurs in the image, else 0; None: made from `labels`.
         mea_weight, sr_f_weight, sr_l_weight: weight of each part in the total. 0: computed and returned, but without
             part in the total; None: left out and returned as 0.
-        seg_weight, cls_weight: weights of MEA's two parts; the defaults are the published code's.
+        seg_weight: weight of MEA's segmentation part; None: 0.8 with `image_logits`, as in the published code, else 1.
+        cls_weight: weight of its image-level part; the default is the published code's.
         exit_weights: N numbers, weights of the exits' label losses; default 1.
         temperature, renormalize, target, ignore_index, class_weight, label_smoothing, size, align_corners,
             pixel_weight, reduction, detach_teacher, process_group, backend, validate: as in
@@ -345,33 +355,39 @@ def self_regulation_loss(
 
     Returns:
         `SelfRegulationOutput(total, mea, sr_f, sr_l)`: scalars (maps with `reduction="none"`), float32 or float64;
-        each is differentiable. Back-propagating `total` alone is the fast path.
+        each is differentiable. Back-propagate `total`, the sum of the weighted parts: that is the fast path, and the
+        sum over the tuple would count everything twice. `mea` has `seg_weight`, `cls_weight` and `exit_weights` in it,
+        and no part has `mea_weight`, `sr_f_weight` or `sr_l_weight`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits, or for
-            `image_logits` with `reduction="none"` (an image-level loss has no map).
+        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits, for
+            `image_logits` of other classes than the logits, or with `reduction="none"` (there is no image-level map).
 
     Source: Zhang et al., ICCV 2021, with the weights 0.8 and 0.2 of its published code.
     """
-    n = _count(logits, "logits", at_least=2)
-    _require_tensor(labels, "labels")
-    exit_weights = _exit_weights(exit_weights, n)
-    for name, weight in (("mea_weight", mea_weight), ("sr_f_weight", sr_f_weight), ("sr_l_weight", sr_l_weight)):
-        if weight is not None:
-            _require_number(weight, name)
-    _require_number(seg_weight, "seg_weight")
-    _require_number(cls_weight, "cls_weight")
+    n = checks.count(logits, "logits", at_least=2, instead="mea_loss takes one")
+    checks.check_labels(labels)
+    exit_weights = checks.exit_weights_of(exit_weights, n)
+    mea_weight = checks.part_weight(mea_weight, "mea_weight")
+    sr_f_weight = checks.part_weight(sr_f_weight, "sr_f_weight")
+    sr_l_weight = checks.part_weight(sr_l_weight, "sr_l_weight")
+    seg_weight = reference.seg_weight_of(checks.part_weight(seg_weight, "seg_weight"), image_logits)
+    cls_weight = checks.number(cls_weight, "cls_weight")
+    if features is not None or image_logits is not None or mea_weight is None:  # else the launch's checks are enough
+        checks.check_exits(logits, "logits")
+        checks.check_labels(labels, logits[0])
+        if size is None and logits[0].dim() >= 4:
+            size = tuple(labels.shape[1:])
     if features is not None:
-        _count(features, "features", at_least=2)
-        _check_exits(logits, "logits")
-        _check_exits(features, "features")
-        _require_same_images(features[0], "features[0]", logits[0])
+        checks.count(features, "features", at_least=2)
+        checks.check_exits(features, "features")
+        checks.check_same_images(features[0], logits[0])
     if image_logits is None and presence is not None:
         raise ValueError("presence is used with image_logits only, but image_logits is None")
-    if image_logits is not None and reduction == "none":
-        raise ValueError('image_logits cannot be used with reduction="none": an image-level loss has no map')
-    if size is None and isinstance(logits[0], Tensor) and logits[0].dim() == 4:
-        size = tuple(labels.shape[1:])
+    if image_logits is not None:
+        if reduction == "none":
+            raise ValueError('image_logits cannot be used with reduction="none": an image-level loss has no map')
+        checks.check_image_logits_of(image_logits, logits)
 
     soft: dict[str, Any] = {
         "temperature": temperature,
@@ -392,10 +408,10 @@ def self_regulation_loss(
     teachers = []
     if sr_f_weight is not None and features is None:
         teachers.append(0)
-        rows.append([0.0] + [float(sr_f_weight)] * (n - 1))
+        rows.append([0.0] + [sr_f_weight] * (n - 1))
     if sr_l_weight is not None:
         teachers.append(n - 1)
-        rows.append([float(sr_l_weight)] * (n - 1) + [0.0])
+        rows.append([sr_l_weight] * (n - 1) + [0.0])
     total, losses = _losses(
         logits,
         None if mea_weight is None else labels,
@@ -418,21 +434,16 @@ def self_regulation_loss(
         if sr_f_weight:
             total = total + sr_f_weight * sr_f
     if mea_weight is not None and image_logits is not None:
-        _check_image_logits(image_logits, 1)
-        if len(image_logits) != n:
-            raise ValueError(f"image_logits: expected one for each of the {n} exits, got {len(image_logits)}")
-        _require_device(image_logits[0], "image_logits[0]", logits[0])
-        if image_logits[0].shape[0] != logits[0].shape[0]:
-            raise ValueError(f"image_logits[0]: expected {logits[0].shape[0]} images, got {_shape(image_logits[0])}")
         if presence is None:
             presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
-        image_mea = cls_weight * presence_loss(image_logits, presence, process_group=process_group)
+        image_mea = cls_weight * presence_loss(image_logits, presence, process_group=process_group).to(mea.dtype)
         mea = mea + image_mea
         if mea_weight:
             total = total + mea_weight * image_mea
     return SelfRegulationOutput(total, mea, sr_f, sr_l)
 
 
+@checks.named
 def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_group: Group = None) -> Tensor:
     r"""MEA, image-level part: every exit predicts which classes occur in the image.
 
@@ -451,16 +462,17 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_g
 
     Source: Zhang et al., ICCV 2021, computed by `F.binary_cross_entropy_with_logits`.
     """
-    _check_image_logits(image_logits, 1)
-    _require_tensor(presence, "presence")
+    checks.check_image_logits(image_logits)
+    checks.check_tensor(presence, "presence")
     if presence.is_complex():
         raise TypeError(f"presence: expected 0, 1 or probabilities, got {presence.dtype}")
-    _require_device(presence, "presence", image_logits[0], "image_logits[0]")
+    checks.check_device(presence, "presence", image_logits[0], "image_logits[0]")
     if presence.shape != image_logits[0].shape:
-        raise ValueError(f"presence: expected shape {_shape(image_logits[0])}, got {_shape(presence)}")
+        raise ValueError(f"presence: expected shape {tuple(image_logits[0].shape)}, got {tuple(presence.shape)}")
     return reference.presence_loss(image_logits, presence, process_group=process_group)
 
 
+@checks.named
 def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group: Group = None) -> Tensor:
     r"""The published code's SR-L: the deepest image-level prediction teaches the shallower ones.
 
@@ -479,10 +491,11 @@ def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group:
 
     Source: the published code of Zhang et al., ICCV 2021.
     """
-    _check_image_logits(image_logits, 2)
+    checks.check_image_logits(image_logits, 2)
     return reference.presence_distillation_loss(image_logits, process_group=process_group)
 
 
+@checks.named
 def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
     """Which classes occur in each image.
 
@@ -498,12 +511,12 @@ def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255
         TypeError, ValueError: labels are not (B, ...) integers, or `num_classes` is not a positive integer.
         On a CPU, also a ValueError for a label outside [0, K) that is not ignored.
     """
-    _check_label_dtype(labels)
-    if not _is_integer(num_classes) or num_classes < 1:
+    checks.check_labels(labels)
+    if not checks.is_integer(num_classes) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-    ignore_index = _checked_ignore_index(ignore_index)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        autograd.check_labels(labels, num_classes, ignore_index)
+    ignore_index = checks.checked_ignore_index(ignore_index)
+    if checks.has_values(labels):
+        checks.check_label_values(labels, num_classes, ignore_index)
     return reference.presence_vector(labels, num_classes, ignore_index=ignore_index)
 
 
@@ -531,53 +544,42 @@ def _losses(
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The exit-loss matrix and its sum under `weights` (row by row, (T + 1) N numbers), from one launch."""
-    n = _count(exits, name)
-    _check_exits(exits, name)
+    n = checks.count(exits, name)
+    checks.check_exits(exits, name)
     first = exits[0]
-    _require_number(temperature, "temperature")
-    if not _TAU[0] <= temperature <= _TAU[1]:
-        raise ValueError(f"temperature: expected a number > 0, in [{_TAU[0]:g}, {_TAU[1]:g}], got {temperature}")
-    _require_choice(target, "target", ("soft", "argmax"))
-    _require_choice(reduction, "reduction", ("mean", "sum", "none"))
-    _require_number(label_smoothing, "label_smoothing")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    ignore_index = _checked_ignore_index(ignore_index)
-    for option, value in (
-        ("renormalize", renormalize),
-        ("align_corners", align_corners),
-        ("mask_soft", mask_soft),
-        ("detach_teacher", detach_teacher),
-        ("validate", validate),
-    ):
-        if not isinstance(value, bool):
-            raise TypeError(f"{option}: expected True or False, got {value!r}")
-    teachers = _check_teachers(teachers, n)
+    checks.check_options(
+        temperature=temperature,
+        target=target,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        renormalize=renormalize,
+        align_corners=align_corners,
+        mask_soft=mask_soft,
+        detach_teacher=detach_teacher,
+        validate=validate,
+    )
+    ignore_index = int(ignore_index)
+    teachers = checks.teachers_of(teachers, n)
     check_group(process_group, reduction)
-
-    spatial = _output_spatial(exits, labels, size, name)
-    for i, z in enumerate(exits):
-        if z.shape[2:] != spatial and (0 in spatial or 0 in z.shape[2:]):
-            raise ValueError(f"{name}[{i}]: cannot be resized from {_shape(z)[2:]} to {spatial}: one has no pixels")
     if labels is not None:
-        _check_label_dtype(labels)
-        _check_map(labels, "labels", first, spatial)
+        checks.check_labels(labels, first)
+        checks.warn_of_one_class(first)
     elif mask_soft:
         raise ValueError("mask_soft=True needs labels, got labels=None")
+    spatial = checks.output_size(exits, labels, size, name)
+    if labels is not None:
+        checks.check_map(labels, "labels", first, spatial)
     if pixel_weight is not None:
-        _require_tensor(pixel_weight, "pixel_weight", floating=True)
-        _check_map(pixel_weight, "pixel_weight", first, spatial)
+        checks.check_tensor(pixel_weight, "pixel_weight", floating=True)
+        checks.check_map(pixel_weight, "pixel_weight", first, spatial)
     if class_weight is not None:
-        _require_tensor(class_weight, "class_weight", floating=True)
-        _require_device(class_weight, "class_weight", first)
-        if class_weight.shape != (first.shape[1],):
-            raise ValueError(f"class_weight: expected shape ({first.shape[1]},), got {_shape(class_weight)}")
+        checks.check_class_weight(class_weight, first)
 
     chosen = choose(backend, first.device.type)
     on_gpu = first.device.type != "cpu"
-    if labels is not None and ((validate or VALIDATE) if on_gpu else chosen == "reference"):
-        if not torch.compiler.is_compiling():
-            autograd.check_labels(labels, first.shape[1], ignore_index)
+    if labels is not None and ((validate or VALIDATE) if on_gpu else chosen == "reference") and checks.is_real(labels):
+        checks.check_label_values(labels, first.shape[1], ignore_index)
     dtype = loss_dtype(first.dtype)
     scale = None
     if process_group is not None:
@@ -612,6 +614,8 @@ def _losses(
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{argument}: the fused losses have no gradient for it; pass {argument}.detach()")
 
+    if first.dim() == 5 and any(z.shape[2:] != spatial for z in exits):  # no kernel interpolates between voxels
+        exits = reference.at_output_size(exits, spatial, align_corners)
     as_4d = [_as_4d(z) for z in exits]
     options = Options(
         teachers=teachers,
@@ -692,161 +696,3 @@ def _map_as_3d(m: Tensor) -> Tensor:
     if m.dim() == 4:
         return m.flatten(1, 2)
     return m if m.dim() == 3 else m[:, None] if m.dim() == 2 else m[:, None, None]
-
-
-def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
-
-
-def _count(exits: Sequence[Tensor], name: str, at_least: int = 1) -> int:
-    if not isinstance(exits, (list, tuple)):
-        raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(exits).__name__}")
-    if len(exits) < at_least:
-        raise ValueError(f"{name}: expected at least {at_least} exit{'s'[: at_least - 1]}, got {len(exits)}")
-    return len(exits)
-
-
-def _check_exits(exits: Sequence[Tensor], name: str) -> None:
-    for i, z in enumerate(exits):
-        _require_tensor(z, f"{name}[{i}]")
-    first = exits[0]
-    if first.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"{name}[0]: expected float32, float16, bfloat16 or float64, got {first.dtype}")
-    if not 2 <= first.dim() <= 5:
-        raise ValueError(f"{name}[0]: expected 2 to 5 dimensions (B, C, ...), got shape {_shape(first)}")
-    if first.shape[1] < 1:
-        raise ValueError(f"{name}[0]: expected at least one channel, got shape {_shape(first)}")
-    for i, z in enumerate(exits[1:], 1):
-        if z.dtype != first.dtype:
-            raise TypeError(f"{name}[{i}]: expected dtype {first.dtype} of {name}[0], got {z.dtype}")
-        _require_device(z, f"{name}[{i}]", first)
-        if z.dim() != first.dim() or z.shape[:2] != first.shape[:2]:
-            want = ", ".join(str(d) for d in first.shape[:2]) + ", *" * (first.dim() - 2)
-            raise ValueError(f"{name}[{i}]: expected shape ({want}) like {name}[0], got {_shape(z)}")
-        if first.dim() != 4 and z.shape != first.shape:
-            raise ValueError(
-                f"{name}[{i}]: expected shape {_shape(first)} of {name}[0] (only 4-d exits are resized), "
-                f"got {_shape(z)}"
-            )
-
-
-def _require_same_images(features: Tensor, name: str, logits: Tensor) -> None:
-    """Batch and rank of `logits`; also its sizes, where these are not resized."""
-    _require_device(features, name, logits)
-    fixed = 1 if logits.dim() == 4 else logits.dim()
-    shape, want = ((t.shape[0], "*", *t.shape[2:fixed], *"*" * (t.dim() - fixed - 1)) for t in (features, logits))
-    if shape != want:
-        raise ValueError(
-            f"{name}: expected shape ({', '.join(map(str, want))}) like the logits, got {_shape(features)}"
-        )
-
-
-def _output_spatial(
-    exits: Sequence[Tensor], labels: Tensor | None, size: Sequence[int] | None, name: str
-) -> tuple[int, ...]:
-    """The spatial shape at which the losses are computed."""
-    first = exits[0]
-    if size is not None:
-        if not isinstance(size, (list, tuple)) or not all(_is_integer(d) and d > 0 for d in size):
-            raise ValueError(f"size: expected a pair of positive integers (H, W), got {size!r}")
-        if len(size) != first.dim() - 2 or (first.dim() != 4 and tuple(size) != first.shape[2:]):
-            raise ValueError(f"size: {size!r} does not fit {name} of shape {_shape(first)}; only 4-d exits are resized")
-        return tuple(size) if any(isinstance(d, torch.SymInt) for d in size) else tuple(int(d) for d in size)
-    if first.dim() != 4:
-        return tuple(first.shape[2:])
-    if labels is not None:
-        _require_tensor(labels, "labels")
-        if labels.dim() != 3:
-            raise ValueError(f"labels: expected shape (B, H, W), got {_shape(labels)}")
-        return tuple(labels.shape[1:])
-    largest = first
-    for z in exits:
-        largest = z if z.shape[2] * z.shape[3] > largest.shape[2] * largest.shape[3] else largest
-    return tuple(largest.shape[2:])
-
-
-def _check_label_dtype(labels: Tensor) -> None:
-    _require_tensor(labels, "labels")
-    if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"labels: expected dtype uint8, int32 or int64, got {labels.dtype}")
-    if labels.dim() < 1:
-        raise ValueError("labels: expected shape (B, ...), got a scalar")
-
-
-def _checked_ignore_index(ignore_index: int) -> int:
-    if not _is_integer(ignore_index):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: expected an integer that int64 has, got {ignore_index}")
-    return int(ignore_index)
-
-
-def _check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) -> None:
-    _require_device(m, name, first)
-    if m.shape != (first.shape[0], *spatial):
-        raise ValueError(f"{name}: expected shape {(first.shape[0], *spatial)}, got {_shape(m)}")
-
-
-def _check_teachers(teachers: Sequence[int], n: int) -> tuple[int, ...]:
-    if not isinstance(teachers, (list, tuple, range)) or not all(_is_integer(t) for t in teachers):
-        raise TypeError(f"teachers: expected a sequence of exit indices, got {teachers!r}")
-    for t in teachers:
-        if not -n <= t < n:
-            raise ValueError(f"teachers: expected indices of the {n} exits, in [{-n}, {n}), got {t}")
-    counted = tuple(int(t) % n for t in teachers)
-    if len(set(counted)) != len(counted):
-        raise ValueError(f"teachers: expected distinct exits, got {tuple(teachers)}")
-    return counted
-
-
-def _check_image_logits(image_logits: Sequence[Tensor], at_least: int) -> None:
-    _count(image_logits, "image_logits", at_least)
-    for i, z in enumerate(image_logits):
-        _require_tensor(z, f"image_logits[{i}]", floating=True)
-        _require_device(z, f"image_logits[{i}]", image_logits[0], "image_logits[0]")
-        if z.dim() != 2 or z.shape != image_logits[0].shape:
-            raise ValueError(f"image_logits[{i}]: expected one shape (B, K) for all exits, got {_shape(z)}")
-
-
-def _exit_weights(exit_weights: Sequence[float] | None, n: int) -> list[float]:
-    if exit_weights is None:
-        return [1.0] * n
-    if not isinstance(exit_weights, (list, tuple)):
-        raise TypeError(f"exit_weights: expected {n} numbers, got {type(exit_weights).__name__}")
-    if len(exit_weights) != n:
-        raise ValueError(f"exit_weights: expected one for each of the {n} exits, got {len(exit_weights)}")
-    for i, w in enumerate(exit_weights):
-        _require_number(w, f"exit_weights[{i}]")
-    return [float(w) for w in exit_weights]
-
-
-def _require_tensor(t: Tensor, name: str, floating: bool = False) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-    if t.layout != torch.strided or t.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
-    if floating and not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
-
-
-def _require_device(t: Tensor, name: str, first: Tensor, whose: str = "the exits") -> None:
-    if t.device != first.device:
-        raise ValueError(f"{name}: expected device {first.device} of {whose}, got {t.device}")
-
-
-def _require_number(x: float, name: str) -> None:
-    if isinstance(x, bool) or not isinstance(x, Real):
-        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    try:
-        float(x)
-    except OverflowError:
-        raise ValueError(f"{name}: expected a number that float64 has, got one larger than 1e308") from None
-
-
-def _is_integer(x: object) -> bool:
-    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
-
-
-def _require_choice(x: str, name: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(x, str) or x not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")

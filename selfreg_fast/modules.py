@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import functional
+from . import checks, functional
+from .backends import check_name
 from .distributed import Group
+from .exits import MultiExitOutput
 
 
 class SelfRegulationLoss(nn.Module):
@@ -20,31 +22,37 @@ class SelfRegulationLoss(nn.Module):
         criterion = SelfRegulationLoss(temperature=2.0)
         for step, (images, labels) in enumerate(loader):
             criterion.enable_sr(step >= 10_000)
-            loss = criterion(model(images), labels).total
+            criterion(model(images), labels).total.backward()
+
+    It returns a tuple, `SelfRegulationOutput(total, mea, sr_f, sr_l)`: back-propagate its `.total`. A `sum` over the
+    tuple, as over losses in a dict, has every part twice.
 
     Args:
         mea_weight, sr_f_weight, sr_l_weight, seg_weight, cls_weight, temperature, renormalize, target, ignore_index,
             label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, process_group, backend,
             validate: as in :func:`selfreg_fast.self_regulation_loss`, same defaults.
-        class_weight: (C,) floating, kept as a buffer that moves with the module but is not saved with it.
+        class_weight: (C,) floating, kept as a buffer that moves and is saved with the module, as the weight of
+            `nn.CrossEntropyLoss`. A `state_dict` without it can be loaded: the module keeps its own.
         image_level_sr_l: True: SR-L is :func:`selfreg_fast.presence_distillation_loss` of the image-level predictions
             instead of the loss between logits.
 
     Raises:
-        TypeError, ValueError: on the first call, as :func:`selfreg_fast.self_regulation_loss`.
+        TypeError, ValueError: an option is not as described. Whether it fits the exits, a call tells, as
+            :func:`selfreg_fast.self_regulation_loss` does.
 
     Source: Zhang et al., ICCV 2021.
     """
 
     class_weight: Tensor | None
 
+    @checks.named
     def __init__(
         self,
         *,
         mea_weight: float | None = 1.0,
         sr_f_weight: float | None = 1.0,
         sr_l_weight: float | None = 1.0,
-        seg_weight: float = 0.8,
+        seg_weight: float | None = None,
         cls_weight: float = 0.2,
         temperature: float = 1.0,
         renormalize: bool = False,
@@ -63,6 +71,26 @@ class SelfRegulationLoss(nn.Module):
         validate: bool = False,
     ) -> None:
         super().__init__()
+        for name, weight in (("mea", mea_weight), ("sr_f", sr_f_weight), ("sr_l", sr_l_weight), ("seg", seg_weight)):
+            checks.part_weight(weight, f"{name}_weight")
+        checks.number(cls_weight, "cls_weight")
+        checks.exit_weights_of(exit_weights, None)
+        checks.check_size(size)
+        checks.check_options(
+            temperature=temperature,
+            target=target,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            renormalize=renormalize,
+            align_corners=align_corners,
+            detach_teacher=detach_teacher,
+            image_level_sr_l=image_level_sr_l,
+            validate=validate,
+        )
+        check_name(backend)
+        if class_weight is not None:
+            checks.check_tensor(class_weight, "class_weight", floating=True)
         self.options: dict[str, Any] = {
             "mea_weight": mea_weight,
             "sr_f_weight": sr_f_weight,
@@ -85,7 +113,7 @@ class SelfRegulationLoss(nn.Module):
         }
         self.image_level_sr_l = image_level_sr_l
         self.sr_enabled = True
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_buffer("class_weight", class_weight)
 
     @classmethod
     def published(cls, **options: Any) -> SelfRegulationLoss:
@@ -107,7 +135,7 @@ class SelfRegulationLoss(nn.Module):
 
     def forward(
         self,
-        logits: Sequence[Tensor],
+        logits: Sequence[Tensor] | MultiExitOutput,
         labels: Tensor,
         *,
         features: Sequence[Tensor] | None = None,
@@ -115,7 +143,18 @@ class SelfRegulationLoss(nn.Module):
         presence: Tensor | None = None,
         pixel_weight: Tensor | None = None,
     ) -> functional.SelfRegulationOutput:
-        """`SelfRegulationOutput(total, mea, sr_f, sr_l)`; arguments as :func:`selfreg_fast.self_regulation_loss`."""
+        """`SelfRegulationOutput(total, mea, sr_f, sr_l)`; arguments as :func:`selfreg_fast.self_regulation_loss`.
+
+        For `logits`, what :class:`selfreg_fast.MultiExit` returns in training can be given: then `features` and
+        `image_logits` are its own, unless others are given. (Not its features with `target="argmax"`, whose classes are
+        those of logits, nor where there is only one: then SR-F runs on the logits.)
+        """
+        if isinstance(logits, MultiExitOutput):
+            if features is None and len(logits.features) > 1 and self.options["target"] != "argmax":
+                features = logits.features
+            if image_logits is None:
+                image_logits = logits.image_logits
+            logits = logits.logits
         options = dict(self.options)
         sr_l_weight = options["sr_l_weight"]
         if not self.sr_enabled:
@@ -136,9 +175,25 @@ class SelfRegulationLoss(nn.Module):
             if image_logits is None:
                 raise ValueError("image_logits: expected one (B, K) tensor for each exit (image_level_sr_l), got None")
             sr_l = functional.presence_distillation_loss(image_logits, process_group=options["process_group"])
-            output = output._replace(total=output.total + sr_l_weight * sr_l, sr_l=sr_l)
+            sr_l = sr_l.to(output.total.dtype)
+            total = output.total + float(sr_l_weight) * sr_l if sr_l_weight else output.total
+            output = output._replace(total=total, sr_l=sr_l)
         return output
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes what was saved without class weights, as version 0.1 did, too."""
+        if self.class_weight is not None:
+            state_dict.setdefault(prefix + "class_weight", self.class_weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in self.options.items() if value is not None}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        shown = {name: repr(value) for name, value in self.options.items() if value is not None}
+        if self.class_weight is not None:
+            few = len(self.class_weight) <= 8 and checks.has_values(self.class_weight)
+            values = ", ".join(f"{w:g}" for w in self.class_weight.tolist()) if few else "..."
+            shown["class_weight"] = f"[{values}] of {len(self.class_weight)} classes"
+        if self.image_level_sr_l:
+            shown["image_level_sr_l"] = "True"
+        if not self.sr_enabled:
+            shown["sr_enabled"] = "False"
+        return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -30,6 +30,8 @@ A teacher that is not detached also gets, since d p_c / d t_k = (p_c / tau) ([c 
     renormalised:  -(tau/M) (q_k l_k - q_k sum_c q_c l_c)               q = softmax(t/tau), l = log softmax(s/tau)
 
 Half-precision exits are computed in float32, as the kernels do; float64 stays float64.
+
+Every function takes the arguments of the fused one, so that either can stand for the other; `backend` has no effect.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_label_values, is_real, largest, named
 from .distributed import Group, check_group, count_dtype, mean_over_ranks
 
 __all__ = [
@@ -58,12 +61,39 @@ __all__ = [
 
 
 class SelfRegulationOutput(NamedTuple):
-    """What :func:`self_regulation_loss` returns: `total` and its unweighted parts, all differentiable."""
+    """What :func:`self_regulation_loss` returns, all differentiable: back-propagate `total`.
+
+    Attributes:
+        total: mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L. (`sum(output)` is that and its parts again.)
+        mea: MEA, with seg_weight, cls_weight and exit_weights, without mea_weight.
+        sr_f: SR-F, without sr_f_weight.
+        sr_l: SR-L, without sr_l_weight.
+    """
 
     total: Tensor
     mea: Tensor
     sr_f: Tensor
     sr_l: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f": a tuple of losses has none, use .total.{name}" if hasattr(Tensor, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            raise TypeError(f"{type(self).__name__}: a tuple of losses has no format {spec!r}; format .total")
+        return repr(self)
+
+
+def _new_output(cls: type[SelfRegulationOutput], *args: Any, **kwargs: Any) -> SelfRegulationOutput:
+    if len(args) == 1 and not kwargs:  # torch.amp.GradScaler.scale, and whatever else makes a tuple of its items
+        raise TypeError(f"{cls.__name__}: expected total, mea, sr_f, sr_l; to scale the loss, scale .total")
+    return _make_output(cls, *args, **kwargs)
+
+
+# NamedTuple takes no __new__ in the class, and a subclass would be no named tuple to torch.compile.
+_make_output = SelfRegulationOutput.__new__
+SelfRegulationOutput.__new__ = _new_output  # type: ignore[method-assign, assignment]
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,6 +115,7 @@ def soft_cross_entropy(
     return -(temperature**2) * (p * log_q.masked_fill(p == 0, 0)).sum(1)  # 0 log 0 = 0
 
 
+@named
 def exit_loss_matrix(
     exits: Sequence[Tensor],
     labels: Tensor | None = None,
@@ -103,13 +134,18 @@ def exit_loss_matrix(
     reduction: str = "mean",
     detach_teacher: bool = True,
     process_group: Group = None,
+    backend: str = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """`losses[0, i]`: label loss of exit i; `losses[1 + r, i]`: loss of exit i taught by exit `teachers[r]`.
 
     See :func:`selfreg_fast.exit_loss_matrix` for the arguments.
     """
     check_group(process_group, reduction)
-    exits = _at_output_size(exits, labels, size, align_corners)
+    temperature, label_smoothing = float(temperature), float(label_smoothing)
+    if size is None:
+        size = largest(exits).shape[2:] if labels is None else labels.shape[1:]
+    exits = at_output_size(exits, size, align_corners)
     first = exits[0]
     weight = torch.ones_like(first[:, 0]) if pixel_weight is None else pixel_weight.to(first.dtype)
     zero = torch.zeros_like(weight)
@@ -118,6 +154,8 @@ def exit_loss_matrix(
     if labels is None:
         rows.append([_reduce(zero, zero, zero.sum(), reduction)] * len(exits))
     else:
+        if validate and is_real(labels):
+            check_label_values(labels, first.shape[1], ignore_index)
         labels = labels.long()
         valid = labels != ignore_index
         known = (labels >= 0) & (
@@ -161,6 +199,7 @@ def exit_loss_matrix(
     return torch.stack([torch.stack(row) for row in rows])
 
 
+@named
 def sr_f_loss(
     features: Sequence[Tensor],
     *,
@@ -173,6 +212,7 @@ def sr_f_loss(
     reduction: str = "mean",
     detach_teacher: bool = True,
     process_group: Group = None,
+    backend: str = "auto",
 ) -> Tensor:
     """SR-F = sum_{i >= 1} L(exit 0 -> exit i): the shallowest exit teaches every deeper one its details."""
     return exit_loss_matrix(
@@ -190,6 +230,7 @@ def sr_f_loss(
     )[1].sum(0)
 
 
+@named
 def sr_l_loss(
     logits: Sequence[Tensor],
     *,
@@ -202,6 +243,7 @@ def sr_l_loss(
     reduction: str = "mean",
     detach_teacher: bool = True,
     process_group: Group = None,
+    backend: str = "auto",
 ) -> Tensor:
     """SR-L = sum_{k < N-1} L(exit N-1 -> exit k): the deepest exit teaches every shallower one its semantics."""
     return exit_loss_matrix(
@@ -219,6 +261,7 @@ def sr_l_loss(
     )[1].sum(0)
 
 
+@named
 def mea_loss(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -232,6 +275,8 @@ def mea_loss(
     pixel_weight: Tensor | None = None,
     reduction: str = "mean",
     process_group: Group = None,
+    backend: str = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """MEA, segmentation part = sum_i exit_weights_i CE(exit i, labels): every exit learns from the labels."""
     row = exit_loss_matrix(
@@ -245,24 +290,28 @@ def mea_loss(
         pixel_weight=pixel_weight,
         reduction=reduction,
         process_group=process_group,
+        validate=validate,
     )[0]
-    weights = [1.0] * len(logits) if exit_weights is None else exit_weights
+    weights = [1.0] * len(logits) if exit_weights is None else [float(w) for w in exit_weights]
     return sum((w * loss for w, loss in zip(weights, row, strict=True)), start=torch.zeros_like(row[0]))
 
 
+@named
 def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
     """1 where a class occurs in an image, else 0: labels (B, ...) to float32 (B, num_classes)."""
     flat = labels.flatten(1).long()
     valid = (flat != ignore_index) & (flat >= 0) & (flat < num_classes)
-    present = torch.zeros(labels.shape[0], num_classes + 1, device=labels.device)
+    present = torch.zeros(labels.shape[0], num_classes + 1, dtype=torch.float32, device=labels.device)
     return present.scatter_(1, torch.where(valid, flat, num_classes), 1.0)[:, :num_classes]
 
 
+@named
 def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_group: Group = None) -> Tensor:
     """MEA, image-level part = sum_i BCE(sigmoid(image_logits_i), presence), each a mean over images and classes."""
     check_group(process_group)
     images = presence.shape[0]
     how = "mean" if images > 0 else "sum"  # the mean over no image would be NaN
+    image_logits = [z.to(loss_dtype(z.dtype)) for z in image_logits]
     losses = [F.binary_cross_entropy_with_logits(z, presence.to(z.dtype), reduction=how) for z in image_logits]
     loss = torch.stack(losses).sum()
     if process_group is None:
@@ -271,11 +320,21 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_g
     return loss * (images / of_all).to(loss.dtype) if images > 0 else loss
 
 
+@named
 def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group: Group = None) -> Tensor:
     """The published code's SR-L = sum_{k < N-1} BCE(sigmoid(image_logits_k), sigmoid(image_logits_{N-1}).detach())."""
-    return presence_loss(image_logits[:-1], image_logits[-1].detach().sigmoid(), process_group=process_group)
+    deepest = image_logits[-1].detach()
+    return presence_loss(
+        image_logits[:-1], deepest.to(loss_dtype(deepest.dtype)).sigmoid(), process_group=process_group
+    )
 
 
+def seg_weight_of(seg_weight: float | None, image_logits: Sequence[Tensor] | None) -> float:
+    """The weight of MEA's segmentation part: the published code's beside an image-level part, 1 alone."""
+    return float(seg_weight) if seg_weight is not None else 1.0 if image_logits is None else 0.8
+
+
+@named
 def self_regulation_loss(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -286,7 +345,7 @@ def self_regulation_loss(
     mea_weight: float | None = 1.0,
     sr_f_weight: float | None = 1.0,
     sr_l_weight: float | None = 1.0,
-    seg_weight: float = 0.8,
+    seg_weight: float | None = None,
     cls_weight: float = 0.2,
     temperature: float = 1.0,
     renormalize: bool = False,
@@ -301,6 +360,8 @@ def self_regulation_loss(
     reduction: str = "mean",
     detach_teacher: bool = True,
     process_group: Group = None,
+    backend: str = "auto",
+    validate: bool = False,
 ) -> SelfRegulationOutput:
     """total = mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L, with MEA = seg_weight CE + cls_weight BCE.
 
@@ -308,6 +369,9 @@ def self_regulation_loss(
     """
     if size is None:
         size = labels.shape[1:]
+    mea_weight, sr_f_weight, sr_l_weight = (
+        None if w is None else float(w) for w in (mea_weight, sr_f_weight, sr_l_weight)
+    )
     resize: dict[str, Any] = {
         "size": size,
         "align_corners": align_corners,
@@ -324,19 +388,21 @@ def self_regulation_loss(
     shape = (labels.shape[0], *size) if reduction == "none" else ()
     mea = sr_f = sr_l = torch.zeros(shape, dtype=loss_dtype(logits[0].dtype), device=logits[0].device)
     if mea_weight is not None:
-        mea = seg_weight * mea_loss(
+        mea = seg_weight_of(seg_weight, image_logits) * mea_loss(
             logits,
             labels,
             ignore_index=ignore_index,
             class_weight=class_weight,
             label_smoothing=label_smoothing,
             exit_weights=exit_weights,
+            validate=validate,
             **resize,
         )
         if image_logits is not None:
             if presence is None:
                 presence = presence_vector(labels, image_logits[0].shape[1], ignore_index=ignore_index)
-            mea = mea + cls_weight * presence_loss(image_logits, presence, process_group=process_group)
+            image_mea = presence_loss(image_logits, presence, process_group=process_group)
+            mea = mea + float(cls_weight) * image_mea.to(mea.dtype)
     if sr_f_weight is not None:
         sr_f = sr_f_loss(logits if features is None else features, **soft, **resize)
     if sr_l_weight is not None:
@@ -345,19 +411,16 @@ def self_regulation_loss(
     return SelfRegulationOutput(total, mea, sr_f, sr_l)
 
 
-def _at_output_size(
-    exits: Sequence[Tensor], labels: Tensor | None, size: Sequence[int] | None, align_corners: bool
-) -> list[Tensor]:
-    """The exits in at least float32, resized to `size`, else the labels' size, else the largest exit's."""
+def at_output_size(exits: Sequence[Tensor], size: Sequence[int], align_corners: bool) -> list[Tensor]:
+    """The exits in at least float32, those of 4 and 5 dimensions resized to `size`."""
     exits = [z.to(loss_dtype(z.dtype)) for z in exits]
-    if exits[0].dim() != 4:
+    if exits[0].dim() < 4:
         return exits
-    if size is None:
-        size = labels.shape[1:] if labels is not None else max((z.shape[2:] for z in exits), key=lambda s: s.numel())
+    mode = "bilinear" if exits[0].dim() == 4 else "trilinear"
     return [
         z
         if z.shape[2:] == torch.Size(size)
-        else F.interpolate(z, size=tuple(size), mode="bilinear", align_corners=align_corners)
+        else F.interpolate(z, size=tuple(size), mode=mode, align_corners=align_corners)
         for z in exits
     ]
 

@@ -187,7 +187,7 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (_total, {"mea_weight": "1"}, TypeError, "mea_weight: expected a number, got str"),
     (_total, {"sr_f_weight": torch.ones(1)}, TypeError, "sr_f_weight: expected a number, got Tensor"),
     (_total, {"sr_l_weight": True}, TypeError, "sr_l_weight: expected a number, got bool"),
-    (_total, {"seg_weight": None}, TypeError, "seg_weight: expected a number, got NoneType"),
+    (_total, {"cls_weight": None}, TypeError, "cls_weight: expected a number, got NoneType"),
     (_total, {"cls_weight": "0.2"}, TypeError, "cls_weight: expected a number, got str"),
     (_total, {"exit_weights": [1.0]}, ValueError, "exit_weights: expected one for each of the 3 exits, got 1"),
     (_total, {"exit_weights": 1.0}, TypeError, "exit_weights: expected 3 numbers, got float"),
@@ -637,14 +637,16 @@ def test_gradients_have_the_strides_of_dense_exits(backend: Backend, loss: Loss)
 
 @losses
 def test_a_second_derivative_is_right_or_refused_by_name(backend: Backend, loss: Loss) -> None:
-    """The fused kernels have no second derivative and say so; the reference has."""
+    """By the exits a fused loss has none and says so, by `grad` and by `backward`; the reference has."""
     exits, labels = leaves(_exits(backend.device)), _labels(backend.device)
     out = loss(exits, labels, backend=backend.name)
     grads = torch.autograd.grad(out, exits, create_graph=True, allow_unused=True)
     norm = sum(g.square().sum() for g in grads if g is not None)
     if backend.fused:
         with pytest.raises(RuntimeError, match="selfreg_fast.*reference"):
-            torch.autograd.grad(norm, exits)
+            torch.autograd.grad(norm, exits, retain_graph=True)
+        with pytest.raises(RuntimeError, match="selfreg_fast.*reference"):
+            norm.backward()
     else:
         second = torch.autograd.grad(norm, exits, allow_unused=True)
         assert any(g is not None and g.any() for g in second)

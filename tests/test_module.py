@@ -56,7 +56,7 @@ def test_the_module_is_the_function(backend: Backend, options: dict[str, Any]) -
 
 
 def test_the_modules_options_are_the_functions() -> None:
-    """No option is missing in the module, none has another default; the reference has all but `backend`, `validate`."""
+    """No option is missing in the module or in the reference, none has another default."""
     function = dict(inspect.signature(srf.self_regulation_loss).parameters)
     forward = dict(inspect.signature(srf.SelfRegulationLoss.forward).parameters)
     module = dict(inspect.signature(srf.SelfRegulationLoss).parameters)
@@ -65,8 +65,6 @@ def test_the_modules_options_are_the_functions() -> None:
     assert {k: p.default for k, p in module.items()} == {k: function[k].default for k in module}
     for name in ("sr_f_loss", "sr_l_loss", "mea_loss", "self_regulation_loss", "exit_loss_matrix"):
         ours = dict(inspect.signature(getattr(srf, name)).parameters)
-        assert ours.pop("backend").default == "auto"
-        ours.pop("validate", None)
         theirs = inspect.signature(getattr(reference, name)).parameters
         assert {k: p.default for k, p in ours.items()} == {k: p.default for k, p in theirs.items()}
 
@@ -119,7 +117,7 @@ def test_sr_can_wait_for_the_warm_up(backend: Backend, published: bool) -> None:
 
 
 def test_copy_pickle_move_and_state(backend: Backend) -> None:
-    """deepcopy and pickle keep the options; class weights move with the module; its state is empty: old files load."""
+    """deepcopy and pickle keep the options; class weights move with the module."""
     exits, labels, _ = _inputs(backend)
     weight = make_class_weight(5, device=backend.device)
     module = srf.SelfRegulationLoss(temperature=2.0, class_weight=weight, backend=backend.name).enable_sr(False)
@@ -127,12 +125,27 @@ def test_copy_pickle_move_and_state(backend: Backend) -> None:
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert all(torch.equal(a, e) for a, e in zip(other(exits, labels), expected, strict=True))
         assert not other.sr_enabled
-    assert not module.state_dict() and not list(module.parameters())
-    nn.Sequential(module).load_state_dict({})
+    assert not list(module.parameters())
     assert module.to(torch.float64).class_weight.dtype == torch.float64
     assert_close(module(exits, labels).total, expected.total, 1e-6)
     assert module.to("meta").class_weight.device.type == "meta"
     assert "temperature=2.0" in repr(module)
+
+
+def test_class_weights_are_saved() -> None:
+    """As those of nn.CrossEntropyLoss: a model made on meta gets them back; files without them, as of 0.1, load."""
+    weight = torch.tensor([0.5, 2.0, 1.0])
+    saved = nn.Sequential(nn.Linear(2, 2), srf.SelfRegulationLoss(class_weight=weight))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(2, 2), srf.SelfRegulationLoss(class_weight=torch.ones(3)))
+    for made in (empty.to_empty(device="cpu"), copy.deepcopy(empty)):
+        made.load_state_dict(saved.state_dict(), assign=made is not empty)
+        assert torch.equal(made[1].class_weight, weight)
+    old = {k: v for k, v in saved.state_dict().items() if not k.endswith("class_weight")}
+    again = nn.Sequential(nn.Linear(2, 2), srf.SelfRegulationLoss(class_weight=weight.clone()))
+    again.load_state_dict(old)
+    assert torch.equal(again[1].class_weight, weight)
+    assert not srf.SelfRegulationLoss().state_dict()
 
 
 def test_the_exit_head() -> None:

@@ -355,3 +355,42 @@ def test_scratch_memory_decides_nothing(backend: Backend) -> None:
     first = run(0.0)
     for before in (float("nan"), float("inf"), 0.0) * (1 if backend.interpreted else 10):
         assert all(torch.equal(a, b) for a, b in zip(first, run(before), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- volumes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [None, (3, 5, 4)])
+def test_volumes_of_several_sizes(
+    backend: Backend, size: tuple[int, ...] | None, align_corners: bool, dtype: torch.dtype
+) -> None:
+    """Deep supervision of (B, C, D, H, W): resized trilinearly to the labels' or a given size, as in float64."""
+    output = size or (4, 6, 5)
+    exits = [
+        make_exits(1, (2, 3, *at), dtype=dtype, device=backend.device, seed=i)[0]
+        for i, at in enumerate([(4, 6, 5), (2, 3, 3), (1, 6, 2)])
+    ]
+    labels = make_labels((2, *output), 3, device=backend.device)
+    options = {"size": size, "align_corners": align_corners, "temperature": 2.0}
+    weight = make_pixel_weight((2, *output), device=backend.device)
+
+    def total(module: Any, e: list[torch.Tensor], w: torch.Tensor, **more: Any) -> torch.Tensor:
+        out = module.self_regulation_loss(e, labels, features=e[1:], pixel_weight=w, **options, **more)
+        return out.total
+
+    given = value_and_gradients(lambda e: total(srf, e, weight, backend=backend.name), exits)
+    exact = value_and_gradients(lambda e: total(reference, e, weight.double()), [z.double() for z in exits])
+    assert_close(given[0], exact[0], RELATIVE[torch.float32 if dtype == torch.bfloat16 else dtype])
+    for g, e, z in zip(given[1:], exact[1:], exits, strict=True):
+        assert g.dtype == z.dtype and g.shape == z.shape
+        assert_close(g, e, RELATIVE[dtype])
+
+
+def test_volumes_without_labels_have_the_largest_size(backend: Backend) -> None:
+    """A matrix of maps, at the size of the exit of most voxels."""
+    exits = [make_exits(1, (2, 3, *at), device=backend.device)[0] for at in [(2, 3, 3), (4, 5, 6), (9, 2, 2)]]
+    given = srf.exit_loss_matrix(exits, teachers=[1], reduction="none", backend=backend.name)
+    assert given.shape == (2, 3, 2, 4, 5, 6)
+    assert_close(given, reference.exit_loss_matrix([z.double() for z in exits], teachers=[1], reduction="none"), 1e-5)
