@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, passes
+from . import ops, passes, reference
+from .checks import check_label_values, has_values, is_real
 from .ops import Options
 
 # Whether the backward that runs was asked to retain its graph. torch's own, but not public: it may go.
@@ -43,21 +44,9 @@ def exit_loss(
         )
         return total, losses
     except (RuntimeError, ValueError):
-        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_labels(labels, exits[0].shape[1], options.ignore_index)  # the kernel met a label out of range
+        if labels is not None and has_values(labels):
+            check_label_values(labels, exits[0].shape[1], options.ignore_index)  # the kernel met one out of range
         raise
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """ValueError with value and position of the first label that is neither a class nor ignored."""
-    labels = labels.long()  # a uint8 tensor compared with 300 is compared with 44
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
-    if wrong.any():
-        position = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"labels: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {labels[position].item()} at {position}"
-        )
 
 
 def _learns(i: int, labelled: bool, options: Options) -> bool:
@@ -113,11 +102,15 @@ class _ExitLoss(torch.autograd.Function):
         exits, grads = tensors[: len(tensors) - ctx.saved], tensors[len(tensors) - ctx.saved :]
         if not ctx.weights:
             grad_total = None  # that total is the constant 0
-        with torch.no_grad():
-            if not ctx.wanted or (grad_total is None and grad_losses is None):
-                grads = []
-            elif grads and grad_total is not None and grad_losses is None:
-                grads = _scaled(ctx.backend, grads, grad_total)
+        if not ctx.wanted or (grad_total is None and grad_losses is None):
+            return (None,) * (8 + len(exits))
+        tracked = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        with torch.set_grad_enabled(tracked):
+            if grads and grad_total is not None and grad_losses is None:
+                if tracked:
+                    grads = [g * grad_total for g in _once(grads, exits)]
+                else:
+                    grads = _scaled(ctx.backend, grads, grad_total)
             else:
                 if grad_total is not None:
                     from_total = _times(grad_total, ctx.weights, len(exits))
@@ -125,29 +118,26 @@ class _ExitLoss(torch.autograd.Function):
                 assert grad_losses is not None
                 if scale is not None:
                     grad_losses = grad_losses * scale
-                grads = passes.exit_loss(
-                    ctx.backend,
-                    exits,
-                    labels,
-                    class_weight,
-                    pixel_weight,
-                    grad_losses.contiguous(),
-                    (),
-                    ctx.wanted,
-                    ctx.options,
-                )[2]
-        if grads and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _OnceDifferentiable.apply(len(grads), *grads, *exits)  # type: ignore[no-untyped-call]
+                weighing = (labels, class_weight, pixel_weight)
+                with torch.no_grad():
+                    given = grad_losses.contiguous()
+                    grads = passes.exit_loss(ctx.backend, exits, *weighing, given, (), ctx.wanted, ctx.options)[2]
+                if tracked:
+                    grads = _ByGradLosses.apply(  # type: ignore[no-untyped-call]
+                        *weighing, ctx.wanted, ctx.options, grad_losses, *_once(grads, exits), *exits
+                    )
         result: list[Tensor | None] = [None] * len(exits)
-        if grads:
-            for i, g in zip(ctx.wanted, grads, strict=True):
-                result[i] = g
+        for i, g in zip(ctx.wanted, grads, strict=True):
+            result[i] = g
         return None, None, None, None, None, None, None, None, *result
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes on gradients that are functions of the exits; differentiating them again is an error that says so."""
+def _once(values: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    """`values` as functions of the tensors `of`, whose derivative is an error by name."""
+    return list(_OnceDifferentiable.apply(len(values), *values, *of))  # type: ignore[no-untyped-call]
 
+
+class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(g.view_as(g) for g in tensors[:count])
@@ -155,8 +145,73 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "selfreg_fast: the fused losses are differentiable once; for second derivatives pass backend='reference'"
+            "selfreg_fast: the fused losses are differentiable once by their exits; for second derivatives pass "
+            "backend='reference'"
         )
+
+
+class _ByGradLosses(torch.autograd.Function):
+    """Passes on the exits' gradients, which are linear in the gradient of the losses.
+
+    With u the latter, the gradients are sum_e u_e (d losses_e / d exits); their derivative by u_e along v is the
+    derivative of losses_e along v. It is rarely asked for (by learned weights of losses, as in GradNorm), and no launch
+    has it: the reference computes it, twice through its graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        wanted: tuple[int, ...],
+        options: Options,
+        grad_losses: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        grads, exits = tensors[: len(wanted)], tensors[len(wanted) :]
+        ctx.wanted, ctx.options = wanted, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(labels, class_weight, pixel_weight, grad_losses, *exits)
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
+        labels, class_weight, pixel_weight, grad_losses, *exits = ctx.saved_tensors
+        by_losses = None
+        if ctx.needs_input_grad[5]:
+            with torch.enable_grad():
+                u = grad_losses.detach().requires_grad_()
+                inputs = [z.detach().requires_grad_(i in ctx.wanted) for i, z in enumerate(exits)]
+                losses = _of_reference(inputs, labels, class_weight, pixel_weight, ctx.options)
+                wanted = [inputs[i] for i in ctx.wanted]
+                grads = torch.autograd.grad(losses, wanted, u, create_graph=True, materialize_grads=True)
+                pairs = [(g, v) for g, v in zip(grads, along, strict=True) if v is not None and g.requires_grad]
+                (by_losses,) = torch.autograd.grad([g for g, _ in pairs], u, [v for _, v in pairs])
+            if torch.is_grad_enabled():
+                (by_losses,) = _once([by_losses], [v for v in along if v is not None])
+        return None, None, None, None, None, by_losses, *along, *(None for _ in exits)
+
+
+def _of_reference(
+    exits: Sequence[Tensor],
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The losses of a launch, as the reference computes them."""
+    taken: dict[str, Any] = options._asdict()
+    target = taken.pop("target")
+    return reference.exit_loss_matrix(
+        exits,
+        labels,
+        class_weight=class_weight,
+        pixel_weight=pixel_weight,
+        renormalize=target == "renormalized",
+        target="argmax" if target == "argmax" else "soft",
+        **taken,
+    )
 
 
 def _times(x: Tensor, weights: tuple[float, ...], n: int) -> Tensor:
@@ -168,7 +223,7 @@ def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:
     """The saved gradients times `factor`: in place in a graph's last backward, for which nobody keeps them."""
     if _is_one(factor):
         return grads
-    if torch.compiler.is_compiling() or _KEEPS_GRAPH is None or _KEEPS_GRAPH():
+    if not is_real(factor) or _KEEPS_GRAPH is None or _KEEPS_GRAPH():
         return [g * factor for g in grads]
     ops.scale_(backend, grads, factor)
     return grads
@@ -176,4 +231,4 @@ def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:
 
 def _is_one(x: Tensor) -> bool:
     """Whether a CPU scalar is 1, where looking costs nothing: not on a GPU (a sync), nor in a traced graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.item() == 1
+    return has_values(x) and x.item() == 1

@@ -299,6 +299,45 @@ def test_a_detached_teacher_gets_nothing(backend: Backend, loss: str) -> None:
         assert (g is None or not g.any()) == (i == teacher)
 
 
+BY_A_WEIGHT: dict[str, Callable[..., Tensor]] = {
+    **{
+        part: lambda e, y, part=part, **k: getattr(srf.self_regulation_loss(e, y, temperature=2.0, **k), part)
+        for part in PARTS
+    },
+    "learning teachers": lambda e, y, **k: srf.self_regulation_loss(e, y, detach_teacher=False, **k).total,
+    "matrix": lambda e, y, **k: srf.exit_loss_matrix(e, y, teachers=[0, 2], renormalize=True, temperature=2.0, **k),
+    "total and part": lambda e, y, **k: torch.stack(srf.self_regulation_loss(e, y, **k)[:2]),
+    "map": lambda e, y, **k: srf.mea_loss(e, y, reduction="none", **k),
+    "resized": lambda e, y, **k: srf.sr_l_loss([*e[:2], e[2][..., :2, :2]], size=(3, 5), **k),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", BY_A_WEIGHT)
+def test_a_gradient_differentiated_by_a_learned_weight(backend: Backend, case: str, dtype: torch.dtype) -> None:
+    """GradNorm: the norm of the gradient of w * loss, differentiated by w, has the loss's part, of any output."""
+    labels = make_labels((SHAPE[0], *SHAPE[2:]), 3, device=backend.device)
+
+    def by_weight(name: str, dtype: torch.dtype) -> list[Tensor]:
+        mixing = torch.linspace(-1, 1, 9, dtype=dtype, device=backend.device).view(3, 3).requires_grad_()
+        features = [z.to(dtype) for z in _exits(backend)]
+        exits = [torch.einsum("oc,bc...->bo...", mixing, z) for z in features]
+        loss = BY_A_WEIGHT[case](exits, labels, backend=name)
+        w = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss).requires_grad_()
+        (g,) = torch.autograd.grad((w * loss).sum(), mixing, create_graph=True)
+        (by_w,) = torch.autograd.grad(g.double().norm(), w, retain_graph=True)
+        if backend.fused and name != "reference":
+            with pytest.raises(RuntimeError, match="selfreg_fast.*reference"):
+                g.norm().backward()
+        return [g.detach(), by_w]
+
+    exact = by_weight("reference", torch.float64)
+    given = by_weight(backend.name, dtype)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
+    for a, e in zip(given, exact, strict=True):
+        assert_close(a, e, tolerance, floor=0 if dtype != torch.float16 else 1e-3)
+
+
 @pytest.mark.parametrize("detach_teacher", [True, False])
 def test_the_same_tensor_given_twice(backend: Backend, detach_teacher: bool) -> None:
     """As teacher and student, or as two students: its gradients add up."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +24,9 @@ from support import (
 )
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import selfreg_fast as srf
 from selfreg_fast import reference
@@ -240,3 +245,31 @@ def test_all_operators_have_one_schema() -> None:
     names = [ops.OPERATORS[name] for name in ("cpu", "cuda", "triton") if srf.backends()[name] == "available"]
     schemas = {str(getattr(torch.ops.selfreg_fast, name).default._schema).partition("(")[2] for name in names}
     assert len(schemas) <= 1
+
+
+# --------------------------------------------------------------------------------------- tensors without values
+
+
+def _training_step(backend: Backend, a: Tensor, b: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the total, scaled, of a part, of a map, and of image-level predictions."""
+    exits = [a, b]
+    options: dict[str, Any] = {"backend": backend.name}
+    out = srf.self_regulation_loss(exits, labels, image_logits=[z.mean((2, 3)) for z in exits], **options)
+    loss = 3 * out.total + srf.mea_loss(exits, labels, reduction="none", **options).sum()
+    return torch.autograd.grad(loss + srf.self_regulation_loss(exits, labels, **options).sr_l, exits)
+
+
+@pytest.mark.parametrize("how", ["fake", "make_fx real", "make_fx fake", "make_fx symbolic", "MemTracker"])
+def test_a_step_asks_for_no_values(backend: Backend, how: str) -> None:
+    """Fake tensors, traced ones and counted memory: what plans a training run without running it."""
+    a, b = leaves(make_exits(2, SHAPE, device=backend.device))
+    labels = make_labels((2, 6, 8), 5, device=backend.device)
+    step = partial(_training_step, backend)
+    if how.startswith("make_fx"):
+        traced = make_fx(step, tracing_mode=how.split()[1])(a, b, labels)
+        for given, expected in zip(traced(a, b, labels), step(a, b, labels), strict=True):
+            assert_close(given, expected, 1e-6)
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, MemTracker() if how == "MemTracker" else nullcontext():
+        grads = step(*(mode.from_tensor(t) for t in (a, b, labels)))
+    assert [(g.shape, g.dtype) for g in grads] == [(z.shape, z.dtype) for z in (a, b)]
