@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .checks import named
+
 __all__ = ["ExitHead", "MultiExit", "MultiExitOutput", "tokens_to_map"]
 
 
@@ -64,9 +66,11 @@ class MultiExit(nn.Module):
 
         model = srf.MultiExit(net, stages=("layer1", "layer2", "layer3"), num_classes=19,
                               example=torch.zeros(1, 3, 64, 64))
-        criterion = srf.SelfRegulationLoss(temperature=2.0)
-        out = model(images)
-        criterion(out.logits, labels, features=out.features).total.backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # not net.parameters(): the exits have their own
+        criterion = srf.SelfRegulationLoss()
+        criterion(model(images), labels).total.backward()
+
+    (`criterion(out, labels)` takes out.logits, out.features and out.image_logits, which other losses want one by one.)
 
     An exit is a 1x1 conv to `feature_channels`, whose result is the exit's feature map, and a head on that map. (The
     heads stand on the projections, not beside them, so that the projections learn to be useful even where they teach,
@@ -91,8 +95,10 @@ class MultiExit(nn.Module):
         as_map: called as `as_map(output, size)` with what a stage returned and the (H, W) of the network's input (its
             first 4-d tensor, else None); returns the stage's map (B, C, h, w). Default: the one 4-d tensor in it, be it
             a tensor, tuple, list, dict or dataclass. For tokens (B, L, C): :func:`tokens_to_map`.
-        as_logits: called with what the network returned; returns its logits (B, num_classes, h, w), the deepest exit.
-            Default: the tensor itself, its "logits" or "out" (item or attribute), else the one 4-d tensor in it.
+        as_logits: called with what the network returned, in training and in evaluation mode, where it may be something
+            else; returns its logits (B, num_classes, h, w), the deepest exit. Default: the tensor itself, its "logits",
+            "out" or "main" (item or attribute), else the one 4-d tensor in it, else the first of a tuple or list that
+            has `num_classes` channels.
         own_output: False: the network returns no logits (a backbone), the last stage is the deepest exit. What the
             network has after that stage gets no gradient.
         image_level: True: also image-level predictions, as the published code makes them: a linear layer on each
@@ -101,7 +107,7 @@ class MultiExit(nn.Module):
     Raises:
         TypeError, ValueError: no such module (similar names are given), a stage that is not called, called twice or out
             of order, or whose output is changed in place later; outputs in which there is no map, or no logits of
-            `num_classes` channels.
+            `num_classes` channels (also from a forward pass in training); a network with a MultiExit in it.
 
     With several processes, wrap the model (not the network), in training call the wrapper, and give the loss its
     `process_group`. DDP wants a gradient for every parameter in every step: where there is none, freeze it with
@@ -113,6 +119,7 @@ class MultiExit(nn.Module):
     around a stage (`use_reentrant=False` is fine) are errors that say so.
     """
 
+    @named
     def __init__(
         self,
         network: nn.Module,
@@ -128,15 +135,21 @@ class MultiExit(nn.Module):
         image_level: bool = False,
     ) -> None:
         super().__init__()
+        if any(isinstance(m, MultiExit) for m in network.modules()):
+            raise ValueError(
+                "network: expected one without exits, got a MultiExit or one with it inside; name all stages in one "
+                "MultiExit, or take the network out with unwrap()"
+            )
         self.network = network
+        self.num_classes = num_classes
         self.stages = _check_stages(network, stages)
         self.as_map = _only_map if as_map is None else as_map
-        self.as_logits = _only_logits if as_logits is None else as_logits
+        self.as_logits = functools.partial(_find_logits, num_classes) if as_logits is None else as_logits
         self.own_output = own_output
         self._captured = _Captured()
         self._hooks = [_hook(network, name, functools.partial(self._captured.note, name)) for name in self.stages]
         try:
-            maps = self._dry_run(example, num_classes)
+            maps = self._dry_run(example)
         except BaseException:
             self.unwrap()
             raise
@@ -162,7 +175,7 @@ class MultiExit(nn.Module):
             features.append(feature)
             logits.append(exit_logits)
         if self.own_output:
-            logits.append(self.as_logits(output))
+            logits.append(self._network_logits(output))
         dtype = functools.reduce(torch.promote_types, (z.dtype for z in logits))  # networks that end in .float()
         logits = [z.to(dtype) for z in logits]
         image_logits = None
@@ -207,7 +220,18 @@ class MultiExit(nn.Module):
             maps.append(stage_map)
         return maps, output
 
-    def _dry_run(self, example: Any, num_classes: int) -> list[Tensor]:
+    def _network_logits(self, output: Any) -> Tensor:
+        """The logits (B, num_classes, h, w) in what the network returned."""
+        logits = self.as_logits(output)
+        if not _is_map(logits) or logits.shape[1] != self.num_classes:
+            mode = "training" if self.network.training else "evaluation"
+            raise ValueError(
+                f"network: expected logits (B, {self.num_classes}, h, w) in its output in {mode} mode, got "
+                f"{_describe(output)}; pass as_logits= to find them, or own_output=False for a network without"
+            )
+        return logits
+
+    def _dry_run(self, example: Any) -> list[Tensor]:
         """The stages' maps for `example`; all that one pass can tell is checked here."""
         args, kwargs = _arguments(example, self.network)
         noted: list[tuple[str, Tensor, int]] = []  # with the versions in-place operations count up
@@ -239,12 +263,7 @@ class MultiExit(nn.Module):
                     "w, C); pass as_map=lambda output, size: output.permute(0, 3, 1, 2)"
                 )
         if self.own_output:
-            logits = self.as_logits(output)
-            if not _is_map(logits) or logits.shape[1] != num_classes:
-                raise ValueError(
-                    f"network: expected logits (B, {num_classes}, h, w) in its output, got {_describe(output)}; pass "
-                    "as_logits= to find them, or own_output=False for a network without"
-                )
+            self._network_logits(output)
         return maps
 
 
@@ -422,12 +441,16 @@ def _only_map(output: Any, _size: tuple[int, int] | None = None) -> Any:
     return maps[0] if len(maps) == 1 else output
 
 
-def _only_logits(output: Any) -> Any:
-    for name in ("logits", "out"):
+def _find_logits(num_classes: int, output: Any) -> Any:
+    """The logits in a network's `output`, as `as_logits` says; else `output`, for the caller to refuse."""
+    for name in ("logits", "out", "main"):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor):
             return found
-    return _only_map(output)
+    only = _only_map(output)
+    if only is output and isinstance(output, (tuple, list)):
+        return next((t for t in _tensors(output) if _is_map(t) and t.shape[1] == num_classes), output)
+    return only
 
 
 def _describe(output: Any) -> str:

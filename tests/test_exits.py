@@ -286,6 +286,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"got a tensor \(1, 5\); pass as_logits=",
     ),
+    "a MultiExit": (lambda: _model(_model()), ValueError, "network: expected one without exits, got a MultiExit"),
+    "a MultiExit inside": (
+        lambda: _model(nn.Sequential(_model()), ("0.network.stages.0",)),
+        ValueError,
+        r"network: .*MultiExit.*unwrap\(\)",
+    ),
+    "a name of another": (
+        lambda: _model(classes=5),
+        TypeError,
+        r"MultiExit\(\) got .*'classes'; do you mean 'num_classes'",
+    ),
     "no example": (lambda: _model(example=3), TypeError, "example: expected a tensor.*got int"),
 }
 
@@ -418,6 +429,56 @@ def test_one_model_does_not_run_twice_at_once() -> None:
     network.wrap = lambda z: model(z)
     with pytest.raises(RuntimeError, match="forward pass began while another"):
         model(_images())
+
+
+TRAINING_OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "a pair": lambda z: (z, z[:, :3]),
+    "a list with another of its classes": lambda z: [z, z.detach()],
+    "auxiliary first, of other classes": lambda z: (z[:, :3], z),
+    "nested": lambda z: (z, [z, z]),
+    "out and aux": lambda z: {"aux": z.detach(), "out": z},
+    "main and aux": lambda z: {"aux": z.detach(), "main": z},
+    "logits and a loss": lambda z: {"loss": z.mean(), "logits": z, "hidden": z.detach()},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING_OUTPUTS)
+def test_a_network_that_returns_more_in_training(kind: str) -> None:
+    """(z, aux) in training and z in evaluation, and other common forms: its logits are the deepest exit."""
+    network = _network()
+    model = _model(network)
+    expected = model.eval().all_exits(_images()).logits
+    network.wrap = TRAINING_OUTPUTS[kind]
+    given = model.all_exits(_images()).logits
+    assert all(torch.equal(a, e) for a, e in zip(given, expected, strict=True))
+    model.train()
+    _loss(model(_images())).backward()
+    assert _gradients(model)["network.classifier.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "output", [lambda z: (z.mean(), "z"), lambda z: {"a": z, "b": z}, lambda z: z[:, :4], lambda z: None]
+)
+def test_an_output_without_logits_is_refused_in_training_too(output: Callable[[Tensor], Any]) -> None:
+    network = _network()
+    model = _model(network).train()
+    network.wrap = output
+    with pytest.raises(ValueError, match=r"network: expected logits \(B, 5, h, w\) .*training mode.*as_logits="):
+        model(_images())
+
+
+def test_a_criterion_takes_the_models_output() -> None:
+    """criterion(out, labels) is criterion(out.logits, labels, features=..., image_logits=...)."""
+    out = _model(image_level=True).train()(_images())
+    plain, published = srf.SelfRegulationLoss(), srf.SelfRegulationLoss.published()
+    predictions = {"image_logits": out.image_logits}
+    for criterion, features in ((plain, out.features), (published, None)):  # argmax is of classes: not of features
+        expected = criterion(out.logits, LABELS, features=features, **predictions)
+        assert all(torch.equal(a, e) for a, e in zip(criterion(out, LABELS), expected, strict=True))
+    others = [z[:, :2] for z in out.features]
+    assert torch.equal(plain(out, LABELS, features=others).sr_f, srf.sr_f_loss(others, size=(32, 48)))
+    one = _model(stages=STAGES[:1]).train()(_images())
+    assert torch.equal(plain(one, LABELS).total, plain(one.logits, LABELS).total)
 
 
 def test_the_exits_have_one_dtype() -> None:
