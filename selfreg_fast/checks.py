@@ -94,7 +94,7 @@ def shape_of(t: Tensor) -> tuple[int, ...]:
 def number(x: float, name: str) -> float:
     """A finite number of any type that has a float: of Python, of NumPy, a Fraction."""
     value = _as_float(x, name)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # NaN, too; torch.compile has no isfinite of a number
         raise ValueError(f"{name}: expected a finite number, got {x}")
     return value
 

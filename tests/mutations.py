@@ -256,8 +256,8 @@ MUTATIONS = [
     Mutation(
         "python: saved gradients scaled in place though the graph is kept",
         "selfreg_fast/autograd.py",
-        "if torch.compiler.is_compiling() or _KEEPS_GRAPH is None or _KEEPS_GRAPH():",
-        "if torch.compiler.is_compiling():",
+        "if not is_real(factor) or _KEEPS_GRAPH is None or _KEEPS_GRAPH():",
+        "if not is_real(factor):",
         "cpu",
         "tests/test_autograd.py -k '{backend} and retain'",
     ),
