@@ -136,6 +136,7 @@ class Run(NamedTuple):
         options = {"sr_f_weight": self.sr_f_weight, "sr_l_weight": self.sr_l_weight, **OBJECTIVES[self.objective]}
         variant = SelfRegulationLoss.published if self.published else SelfRegulationLoss
         return variant(
+            seg_weight=0.8,  # of every objective, with image-level predictions or not: as the results here were found
             temperature=self.temperature,
             renormalize=self.renormalize,
             ignore_index=VOID,

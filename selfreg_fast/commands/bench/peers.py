@@ -28,7 +28,7 @@ Exits = Sequence[Tensor]
 Loss = Callable[[Exits, Tensor], Tensor]
 
 IGNORE = 255
-SEG_WEIGHT = 0.8  # of the label losses in the objective, the default of self_regulation_loss
+SEG_WEIGHT = 0.8  # of the label losses in the objective, as in the published code
 ANOTHER_VALUE = (LIGER, FUSED_SR_L)  # peers whose loss is not the reference's: see there
 
 
@@ -79,7 +79,8 @@ def ours(library: ModuleType, case: Case, **backend: str) -> Loss:
     def loss(exits: Exits, labels: Tensor) -> Tensor:
         value: Tensor
         if case.terms == "objective":
-            value = library.self_regulation_loss(exits, labels, ignore_index=IGNORE, **soft, **options).total
+            weighted = {"seg_weight": SEG_WEIGHT, "ignore_index": IGNORE}
+            value = library.self_regulation_loss(exits, labels, **weighted, **soft, **options).total
         elif case.terms == "mea":
             value = library.mea_loss(exits, labels, ignore_index=IGNORE, **options)
         else:
