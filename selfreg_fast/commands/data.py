@@ -43,6 +43,7 @@ class Source(Protocol):
     names: tuple[str, ...]
     ignore_index: int
     description: str
+    note: str  # what may not be as meant, or ""
     shares: tuple[float, ...]  # of the classes in the labelled pixels
 
     def training(self, rng: np.random.Generator) -> Sample: ...
@@ -62,6 +63,7 @@ class Scenes:
         ignore_index: label of the outlines, not one of the classes.
     """
 
+    note = ""
     names: tuple[str, ...] = ("sky", "ground", "tower", "tree", "lamp", "animal", "car", "bus")
     height, width = 128, 160
     training_count, validation_count = 400, 64
@@ -124,9 +126,11 @@ class Folder:
         self.ignore_index = ignore_index
         self._train, val = _pairs(root, "train"), _pairs(root, "val")
         self._val = val[:: math.ceil(len(val) / self.validation_count)]
-        counts = np.zeros(256, np.int64)
+        found = np.zeros(256, np.int64)
         for image, label in tqdm(self._train + self._val, desc="reading the labels", unit="file", leave=False):
-            counts += _label_counts(image, label, ignore_index)
+            found += _label_counts(image, label, ignore_index)
+        counts = found.copy()
+        counts[ignore_index] = 0
         present = np.flatnonzero(counts)
         if len(present) < 2:
             raise DataError(
@@ -136,9 +140,19 @@ class Folder:
         classes = int(present[-1]) + 1
         self.shares = tuple((counts[:classes] / counts.sum()).tolist())
         self.names = tuple(f"class {i}" for i in range(classes))
+        void = found[ignore_index] / found.sum()
+        occur = f" ({len(present)} of them occur)" if len(present) < classes else ""
         self.description = (
             f"{root}: {len(self._train)} images for training, {len(self._val)} of {len(val)} for validation, reduced "
-            f"to {self.side} pixels along the shorter side; {classes} classes, label {ignore_index} ignored"
+            f"to {self.side} pixels along the shorter side; labels {_ranges(np.flatnonzero(found))}: {classes} classes "
+            f"are trained{occur}, void is label {ignore_index}, {100 * void:.1f} % of the pixels"
+        )
+        # No file says which label is void; but where one is, some pixels have it.
+        self.note = (
+            ""
+            if void
+            else f"no pixel has label {ignore_index}, so every label is trained as a class. If one of them is void, "
+            f"often the last or the first, name it: --ignore-index {present[-1]}, say"
         )
         self._load = functools.lru_cache(maxsize=1000)(self._decode)
 
@@ -207,7 +221,7 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def _label_counts(image_path: Path, label_path: Path, ignore_index: int) -> npt.NDArray[np.int64]:
-    """How many pixels of each value 0 to 255 a label file holds, the ignored one left out."""
+    """How many pixels of each value 0 to 255 a label file holds."""
     with _opened(image_path) as image, _opened(label_path) as labels:
         if labels.mode not in ("L", "P"):
             kind = {"RGB": "a colour image", "RGBA": "a colour image"}.get(labels.mode, "another kind of image")
@@ -224,8 +238,7 @@ def _label_counts(image_path: Path, label_path: Path, ignore_index: int) -> npt.
             counts = np.array(labels.histogram(), np.int64)
         except OSError as error:
             raise DataError(f"{label_path}: cannot be decoded: {error}") from error
-    counts[ignore_index] = 0
-    if counts[255]:
+    if counts[255] and ignore_index != 255:
         raise DataError(
             f"{label_path}: found label 255, which usually means void, but --ignore-index is {ignore_index}; expected "
             f"class indices up to 254. Give void pixels one number, and pass that as --ignore-index"
@@ -238,6 +251,12 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path)
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{path}: expected an image, found: {error}") from error
+
+
+def _ranges(numbers: npt.NDArray[np.int64]) -> str:
+    """Sorted numbers in short: "0-3, 7"."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _listing(folder: Path) -> str:

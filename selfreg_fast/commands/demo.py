@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_integer(0, 255),
         default=255,
         metavar="LABEL",
-        help="the label of pixels that do not count, 0 to 255 (default: %(default)s)",
+        help="the label of void, pixels that do not count, 0 to 255 (default: %(default)s); CamVid's, say, is 11",
     )
     parser.add_argument(
         "--temperature",
@@ -210,6 +210,8 @@ def _demonstrate(args: argparse.Namespace, source: Source, backend: str, console
         backend=backend,
     )
     console.print(f"data: {source.description}", soft_wrap=True)
+    if source.note:
+        console.print(f"note: {source.note}", soft_wrap=True)
     status = "" if backend == args.backend or backend == "cpu" else f", without CPU kernels: {backends()['cpu']}"
     console.print(f"loss: backend {backend}{status}", soft_wrap=True)
 
