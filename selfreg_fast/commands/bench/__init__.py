@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from ... import __version__
 from ..info import cpu_name
-from . import report
 from .cases import DTYPES, FUSED, Case, named, suites
-from .profile import profile
 from .trial import COLUMNS, Record, describe, measure, say, steps
 
 SETTING = "commit date version torch triton cuda python device threads repeats".split()
@@ -64,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures the cases and prints a table for each; 1 if the fused loss fails or is not its peers'."""
+    # What needs rich is imported when it runs, so that --help works without.
+    from rich.console import Console
+
+    from . import report
+    from .profile import profile
+
     console = Console(width=None if sys.stdout.isatty() else 120)
     if args.list:
         report.list_suites(console, suites(args.device))
@@ -131,6 +133,9 @@ def results(
 @contextlib.contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, and what advances it. No thread refreshes it: that would take time from what is measured."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     with Progress(console=console, auto_refresh=False, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
