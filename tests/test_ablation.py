@@ -224,6 +224,26 @@ def test_command_resumes_collects_and_draws(
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_interrupted_it_says_how_to_go_on(
+    program: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Status 130 and one line; what keeps nothing does not say that it goes on."""
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "train", interrupt)
+    monkeypatch.setattr(program.memory, "measure", interrupt)
+    arguments = ["--quick", "--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for task, end in (("train", ": run the same again to go on"), ("memory", "")):
+        assert program.main([task, *arguments]) == 130
+        assert capsys.readouterr().err.endswith(f"\nablation: interrupted{end}\n")
+
+
 def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None:
     """The README's other tables, of made-up results: multiples, spreads and the largest batches."""
     results = importlib.import_module("training_results")

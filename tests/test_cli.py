@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ for extra in ("matplotlib", "rich", "tqdm"):
     pytest.importorskip(extra, reason="an extra of the commands")
 Image = pytest.importorskip("PIL.Image", reason="an extra of the commands")
 gradcheck = pytest.importorskip("selfreg_fast.commands.gradcheck")
+demo = importlib.import_module("selfreg_fast.commands.demo")
 
 
 def test_info_says_what_there_is(tmp_path: Path) -> None:
@@ -39,8 +42,46 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: selfreg-fast" in capsys.readouterr().out
 
 
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, with every command, and status 0."""
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and summary[:30] in out for name, summary in COMMANDS.items())
+
+
+def test_help_needs_no_extra(tmp_path: Path) -> None:
+    """With torch alone every command explains itself; one that needs more says so when it runs."""
+    program = """
+import sys
+from selfreg_fast.__main__ import COMMANDS, EXTRAS, main
+sys.modules.update(dict.fromkeys(EXTRAS))  # so that importing them fails
+for name in COMMANDS:
+    try:
+        main([name, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+for argv in (["bench", "--list"], ["gradcheck"], ["demo"]):
+    assert main(argv) == 2
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("usage: selfreg-fast") == len(COMMANDS)
+    assert run.stderr.count('pip install "selfreg-fast[demo]"') == 3
+
+
+@pytest.mark.parametrize("argv", [["info"], ["info", "--help"], [], ["bench", "--list"]], ids=" ".join)
+def test_a_reader_that_has_gone_ends_it(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `| head` may: the status of SIGPIPE, and nothing left to write when the interpreter exits."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:  # closing it would fail if it still were that pipe
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(argv) == 141
+        print("more")
+
+
 @pytest.mark.parametrize(
-    "argv", [[], ["train"], ["bench", "--repeats", "0"], ["demo", "--steps", "x"], ["gradcheck", "--backends", "gpu"]]
+    "argv", [["train"], ["bench", "--repeats", "0"], ["demo", "--steps", "x"], ["gradcheck", "--backends", "gpu"]]
 )
 def test_what_makes_no_sense_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Status 2 and a usage line, before anything runs."""
@@ -51,10 +92,12 @@ def test_what_makes_no_sense_is_refused(argv: list[str], capsys: pytest.CaptureF
 
 
 def test_gradcheck_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 0, and a row for every loss."""
+    """Status 0, and a row for every loss; as many when quick."""
     available = "cpu" if srf.backends()["cpu"] == "available" else "reference"
     assert main(["gradcheck", "--backends", available]) == 0
     out = capsys.readouterr().out
+    assert main(["gradcheck", "--backends", available, "--quick"]) == 0
+    assert capsys.readouterr().out.count("PASS") == out.count("PASS")
     assert "PASS" in out and "FAIL" not in out
     for name in ("sr_f_loss", "sr_l_loss", "mea_loss", "self_regulation_loss", "exit_loss_matrix"):
         assert name in out
@@ -73,8 +116,9 @@ def test_gradcheck_fails_where_a_gradient_is_wrong(
         return loss + 1e-3 * (loss - loss.detach())
 
     monkeypatch.setattr(srf.reference, "soft_cross_entropy", wrong)
-    assert main(["gradcheck", "--backends", "reference"]) == 1
-    assert "FAIL" in capsys.readouterr().out
+    for quick in ([], ["--quick"]):
+        assert main(["gradcheck", "--backends", "reference", *quick]) == 1
+        assert "FAIL" in capsys.readouterr().out
 
 
 def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,24 +130,47 @@ def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(lines) >= 3
 
 
-def test_demo_trains_on_a_folder_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps on images of noise: per-exit figures and a picture."""
+def make_folder(root: Path, void: int) -> None:
+    """Images of noise, with four classes and void."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("images", "labels"):
-            (tmp_path / split / kind).mkdir(parents=True)
+            (root / split / kind).mkdir(parents=True)
         for i in range(3):
             labels = rng.integers(0, 4, (48, 64), dtype=np.uint8)
-            labels[:4] = 255
+            labels[:4] = void
             noise = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / split / f"images/{i}.png")
-            Image.fromarray(labels).save(tmp_path / split / f"labels/{i}.png")
+            Image.fromarray(noise).save(root / split / f"images/{i}.png")
+            Image.fromarray(labels).save(root / split / f"labels/{i}.png")
+
+
+def test_demo_trains_on_a_folder_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps: per-exit figures and a picture."""
+    make_folder(tmp_path, void=255)
     picture = tmp_path / "demo.png"
     arguments = ["--data", str(tmp_path), "--output", str(picture), "--steps", "2", "--batch-size", "2"]
     assert main(["demo", *arguments]) == 0
     out = capsys.readouterr().out
     assert "MEA" in out and "SR-F" in out and "SR-L" in out and "exit" in out
+    assert "labels 0-3, 255: 4 classes are trained, void is label 255, 8.3 %" in out and "note:" not in out
     assert min(Image.open(picture).size) > 100
+
+
+def test_demo_tells_what_it_takes_for_void(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no pixel has that label, a note with the option that names another."""
+    make_folder(tmp_path, void=4)
+    monkeypatch.setattr(demo, "_train", lambda *_: None)
+    arguments = ["demo", "--data", str(tmp_path), "--output", str(tmp_path / "demo.png"), "--ignore-index"]
+    told = []
+    for label in ("255", "4", "0"):
+        assert main([*arguments, label]) == 0
+        told.append(capsys.readouterr().out)
+    assert "labels 0-4: 5 classes are trained, void is label 255, 0.0 %" in told[0]
+    assert "note: " in told[0] and "--ignore-index 4" in told[0]
+    assert "labels 0-4: 4 classes are trained, void is label 4, 8.3 %" in told[1] and "note:" not in told[1]
+    assert "5 classes are trained (4 of them occur), void is label 0" in told[2] and "note:" not in told[2]
 
 
 def test_demo_names_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from selfreg_fast.__main__ import guarded
 from selfreg_fast.backends import choose
 from selfreg_fast.commands.bench import setting
 from selfreg_fast.commands.data import DataError
@@ -54,6 +55,11 @@ TASKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """As the package's own commands, without a traceback where it is interrupted."""
+    return guarded("ablation", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser()
     args = options.parse_args(arguments)
     if args.data is None and args.task not in ("step", "memory"):
@@ -76,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parity.report(rows)
         else:
             return run_all(args, preset, device, common)
+    except KeyboardInterrupt:
+        if args.task in ("train", "search"):  # which keep what they have
+            raise KeyboardInterrupt("run the same again to go on") from None
+        raise
     except (DataError, ValueError) as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2

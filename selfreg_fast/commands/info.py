@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     _section("backends", backends())
     record = {key: ", ".join(value) if isinstance(value, list) else value for key, value in build_record().items()}
     _section("build", record or {"_build.json": "not there: this copy was not installed"})
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("SELFREG_FAST_")}
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("SELFREG_FAST_") and v}  # empty: unset
     _section("environment", variables or {"SELFREG_FAST_*": "none is set"})
     return 0
 
