@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -200,7 +201,9 @@ void cpu_launch(const ExitLoss& launch) {
     throw std::invalid_argument("labels: neither a class nor ignored at flat index " +
                                 std::to_string(counts.bad_label));
   const bool mean = launch.reduction == Reduction::mean;
-  auto norm = [&](double divisor) { return !mean ? 1.0 : divisor == 0 ? 0.0 : 1.0 / divisor; };
+  auto norm = [&](double divisor) {  // of an infinite one NaN: as 0 it would leave out what made it so
+    return !mean ? 1.0 : divisor == 0 ? 0.0 : std::isinf(divisor) ? std::nan("") : 1.0 / divisor;
+  };
   plan.norm[0] = norm(counts.label);
   plan.norm[1] = norm(counts.soft);
   if (plan.pixels > 0) cut(launch, plan);

@@ -667,10 +667,12 @@ def _counts(
     weight = ~ignored if pixel_weight is None else pixel_weight.masked_fill(ignored, 0)
     label = counted = weight.sum(dtype=dtype)
     if class_weight is not None:
-        nowhere = ignored | (classes < 0) | (classes >= first.shape[1])  # a label out of range is the launch's to tell
+        # A label out of range is the launch's to tell; of what does not count, any weight is left out.
+        nowhere = (weight == 0) | (classes < 0) | (classes >= first.shape[1])
         class_weight = class_weight.to(loss_dtype(first.dtype))
-        label = (weight * class_weight[classes.masked_fill(nowhere, 0)]).sum(dtype=dtype)
-    return torch.stack([label, counted if mask_soft else soft])
+        label = (weight * class_weight[classes.masked_fill(nowhere, 0)].masked_fill(nowhere, 0)).sum(dtype=dtype)
+    counts = torch.stack([label, counted if mask_soft else soft])
+    return counts.masked_fill(counts.isinf(), math.nan)  # 1 / inf would leave out what made it so
 
 
 def _row_sum(exits: Sequence[Tensor], weights: list[float], labels: Tensor | None = None, **options: Any) -> Tensor:

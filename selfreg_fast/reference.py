@@ -161,12 +161,15 @@ def exit_loss_matrix(
         known = (labels >= 0) & (
             labels < first.shape[1]
         )  # other labels make the loss NaN; on a GPU they end the process
-        labels, unknown = torch.where(known, labels, ignore_index), valid & ~known
+        unknown = valid & ~known
         label_weight = torch.where(valid, weight, zero)
+        # What does not count is left out, for 0 times an infinite class weight would be NaN.
+        labels = torch.where(known & (label_weight != 0), labels, ignore_index)
         soft_weight = label_weight if mask_soft else weight
         if class_weight is not None:
             class_weight = class_weight.to(first.dtype)
-            norm = label_weight * class_weight[torch.where(valid & known, labels, 0)]
+            left_out = labels == ignore_index
+            norm = label_weight * class_weight[labels.masked_fill(left_out, 0)].masked_fill(left_out, 0)
         else:
             norm = label_weight
         divisor = _divisor(norm, process_group)
@@ -444,4 +447,6 @@ def _reduce(loss: Tensor, weight: Tensor, divisor: Tensor, reduction: str) -> Te
     total = loss.sum()
     if reduction == "sum":
         return total
-    return torch.where(divisor == 0, 0.0 * total, total / torch.where(divisor == 0, 1, divisor))
+    # Divided by infinity, gradients would be 0 beside a loss of NaN.
+    safe = torch.where(divisor == 0, 1, divisor.masked_fill(divisor.isinf(), math.nan))
+    return torch.where(divisor == 0, 0.0 * total, total / safe)

@@ -91,8 +91,8 @@ class Worker {
     for (int e = 0; plan.resizes && e < N; ++e)
       if (is_resized(e)) resizers[e].begin_launch();
     class_w_sum = 0;
-    for (int c = 0; c < C; ++c) class_w_sum += class_weight(c);
     smoothing = A(L.label_smoothing / C);
+    for (int c = 0; smoothing != 0 && c < C; ++c) class_w_sum += class_weight(c);
     for (int64_t i = 0; i < ld; ++i) hot[i] = A(1 - L.label_smoothing);
     for (int e = 0; e < N; ++e) joined[e] = false;
   }
@@ -685,6 +685,7 @@ class Worker {
   }
 
   // The gradient of every loss of exit e at every pixel: its gradient as given x the mean's divisor x the pixel weight.
+  // Of these, 0 leaves out: the others may be infinite or NaN.
   void gradient_of_losses(int e) {
     if (!gradient) return;
     auto fill_row = [&](int r, A* k, const A* weight, A norm) {
@@ -697,7 +698,11 @@ class Worker {
         for (int64_t i = n; i < width; ++i) k[i] = 0;
       } else {
         const A g = L.grad_losses ? static_cast<const A*>(L.grad_losses)[entry(r, e)] : A(L.weights[entry(r, e)]);
-        over_pixels([&](int64_t i) { store(k + i, load<V>(weight + i) * (g * norm)); });
+        const A gain = g == 0 ? A(0) : g * norm;
+        over_pixels([&](int64_t i) {
+          const V w = load<V>(weight + i);
+          store(k + i, w == A(0) ? V{} : w * gain);
+        });
       }
     };
     if (L.labels) fill_row(0, label_k, label_w, A(plan.norm[0]));
@@ -883,9 +888,9 @@ class Worker {
     over_pixels([&](int64_t i) {
       V q1{}, q2{};  // sums of the targets of either softmax
       if (L.labels) {
-        const V k = load<V>(label_k + i);
-        q1 += k * (load<V>(hot + i) + smoothing * class_w_sum);
-        store(label_k + i, k * load<V>(hot + i));
+        const V k = load<V>(label_k + i), hot_i = load<V>(hot + i);  // this may be infinite, and so may class_w_sum
+        q1 += k == A(0) ? V{} : k * (hot_i + smoothing * class_w_sum);
+        store(label_k + i, k == A(0) ? V{} : k * hot_i);
         store(smooth + i, k * smoothing);
       }
       for (int r = 0; r < T; ++r) {
@@ -985,8 +990,10 @@ class Worker {
         const V hot_k = load<V>(at_label + i);
         for (int k = 0; k < CB; ++k) g[k] = class_of == Int(c0 + k) ? g[k] - hot_k : g[k];
       }
-      if (smooth_labels)
-        for (int k = 0; k < CB; ++k) g[k] -= load<V>(smooth + i) * class_weight(c0 + k);
+      if (smooth_labels) {
+        const V smooth_k = load<V>(smooth + i);
+        for (int k = 0; k < CB; ++k) g[k] -= smooth_k == A(0) ? V{} : smooth_k * class_weight(c0 + k);
+      }
       if (self) {
         for (int k = 0; k < CB; ++k) g[k] -= load<V>(self->a + offset + k * stride + i);
         if (soft_two) {
@@ -1049,7 +1056,7 @@ PixelCounts count_as(const ExitLoss& L, const Label* labels, int64_t begin, int6
         if (counts.bad_label < 0) counts.bad_label = i;
         continue;
       }
-      counts.label += class_weight ? w * double(class_weight[y]) : w;
+      if (w != 0) counts.label += class_weight ? w * double(class_weight[y]) : w;
     }
     if (valid || !L.mask_soft) counts.soft += w;
   }

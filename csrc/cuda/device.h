@@ -67,6 +67,16 @@ SELFREG_DEVICE float reciprocal(float x) {
 }
 SELFREG_DEVICE double reciprocal(double x) { return 1 / x; }
 
+// k x, and 0 where k is: what x is, be it infinite or NaN, is left out.
+template <class A>
+SELFREG_DEVICE A product(A k, A x) {
+  return k == 0 ? A(0) : k * x;
+}
+
+// What the sum of a mean with this divisor is multiplied by: 0 where nothing counts. Of an infinite one NaN: as 0 it
+// would leave out what made it so.
+SELFREG_DEVICE double norm_of(double divisor) { return divisor == 0 ? 0 : 1 / divisor + (divisor - divisor); }
+
 SELFREG_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one where one is NaN
 SELFREG_DEVICE double larger(double a, double b) { return fmax(a, b); }
 

@@ -1041,7 +1041,7 @@ struct Worker {
   SELFREG_DEVICE void gradient_of_loss(int r, int e, A (&k)[P]) const {
     const A g = gain(r, e);
 #pragma unroll
-    for (int p = 0; p < P; ++p) k[p] = (r == 0 ? label_w[p] : soft_w[p]) * g;
+    for (int p = 0; p < P; ++p) k[p] = product(r == 0 ? label_w[p] : soft_w[p], g);
     if (summed() || !a.grad_losses) return;  // no gradient is written where there is no map of them
     const A* const map = a.grad_losses + int64_t(entry(r, e)) * a.pixels + pixel;
 #pragma unroll
@@ -1137,7 +1137,7 @@ struct Worker {
     A f[P], soft_f[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      A q = label_k[p] * (smoothed() ? hot[p] + a.smoothing * all_weights : hot[p]);
+      A q = product(label_k[p], smoothed() ? hot[p] + a.smoothing * all_weights : hot[p]);
       if (!soft_two()) soft_q[p] += self_sum[p];
       if (!both) q += soft_q[p];
       f[p] = q * reciprocal(Z[p]);
@@ -1248,7 +1248,7 @@ struct Worker {
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         at[p] = place_of(r < 0 ? label[p] : int(scalar(r, kArgmax, p)));
-        if (r < 0) k[p] *= hot[p];
+        if (r < 0) k[p] = product(k[p], hot[p]);
       }
       each([&](int i, int v) {
         if (place(i, v) == at[pixel_of(v)]) z[i][v] -= k[pixel_of(v)];
@@ -1256,7 +1256,7 @@ struct Worker {
     }
     if (smoothed())
       each([&](int i, int v) {
-        if (exists(i)) z[i][v] -= label_k[pixel_of(v)] * a.smoothing * class_weight(channel(i, v));
+        if (exists(i)) z[i][v] -= product(label_k[pixel_of(v)] * a.smoothing, class_weight(channel(i, v)));
       });
   }
 
@@ -1329,7 +1329,7 @@ struct Worker {
   SELFREG_DEVICE A make_gain(int i, A label_norm, A soft_norm) const {
     const A norm = i < a.N ? label_norm : soft_norm, rate = i < a.N || a.target == Target::argmax ? A(1) : a.tau;
     if (a.reduction == Reduction::none) return rate;
-    return (a.grad_losses ? a.grad_losses[i] : a.weights[i]) * norm * rate;
+    return product(a.grad_losses ? a.grad_losses[i] : a.weights[i], norm) * rate;
   }
 
   SELFREG_DEVICE void run() {
@@ -1346,8 +1346,8 @@ struct Worker {
       weights = block_sum(weights);
     }
     const bool mean = a.reduction == Reduction::mean;
-    label = !mean ? 1 : label == 0 ? 0 : 1 / label;
-    soft = !mean ? 1 : !a.counts ? a.soft_norm : soft == 0 ? 0 : 1 / soft;
+    label = mean ? norm_of(label) : 1;
+    soft = !mean ? 1 : !a.counts ? a.soft_norm : norm_of(soft);
     all_weights = A(weights);
     if (blockIdx.x == 0 && thread() == 0) a.norm[0] = label, a.norm[1] = soft;
 

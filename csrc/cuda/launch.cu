@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
     const double w = a.pixel_weight ? double(a.pixel_weight[i]) : 1.0;
     const int64_t y = a.labels ? int64_t(static_cast<const Label*>(a.labels)[i]) : a.ignore_index;
     const bool valid = y != a.ignore_index;
-    if (valid && y >= 0 && y < a.C) label += a.class_weight ? w * double(a.class_weight[y]) : w;
+    if (valid && w != 0 && y >= 0 && y < a.C) label += a.class_weight ? w * double(a.class_weight[y]) : w;
     if (valid || !a.mask_soft) soft += w;
   }
   label = block_sum(label);

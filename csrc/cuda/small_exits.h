@@ -65,8 +65,8 @@ struct alignas(16) Under {
 };
 
 // What multiplies a loss's terms in gradients: i = r N + e.
-SELFREG_RESIZE float small_gain(const Args<float>& a, int i, double label_norm, double soft_norm) {
-  return (a.grad_losses ? a.grad_losses[i] : a.weights[i]) * float(i < a.N ? label_norm : soft_norm) *
+SELFREG_DEVICE float small_gain(const Args<float>& a, int i, double label_norm, double soft_norm) {
+  return product(a.grad_losses ? a.grad_losses[i] : a.weights[i], float(i < a.N ? label_norm : soft_norm)) *
          (i < a.N ? 1 : a.tau);
 }
 
@@ -708,12 +708,13 @@ struct SmallWorker {
 #pragma unroll 1
     for (int r = a.labels ? 0 : 1; r <= a.T; ++r) {
       if (!teaches(r, e)) continue;
+      const A g = gain(r, e);
       A sum[P], loss = 0;
       load_shared(counted(r), sum);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         loss += ignored(sum[p]) ? A(0) : sum[p] * log_z[p];
-        times[p] += sum[p] * gain(r, e);
+        if (g != 0 && sum[p] != 0) times[p] += sum[p] * g;  // else what the other is, be it infinite, is left out
       }
       put_loss(r, e, r == 0 ? loss : loss * a.log_z_scale);
     }
@@ -757,8 +758,8 @@ struct SmallWorker {
       soft = block_sum(soft);
     }
     const bool mean = a.reduction == Reduction::mean;
-    label = !mean ? 1 : label == 0 ? 0 : 1 / label;
-    soft = !mean ? 1 : !a.counts ? a.soft_norm : soft == 0 ? 0 : 1 / soft;
+    label = mean ? norm_of(label) : 1;
+    soft = !mean ? 1 : !a.counts ? a.soft_norm : norm_of(soft);
     if (blockIdx.x == 0 && thread() == 0) a.norm[0] = label, a.norm[1] = soft;
     const int entries = (a.T + 1) * a.N;
 #pragma unroll 1
@@ -889,8 +890,9 @@ __global__ void __launch_bounds__(kSmallThreads, 2) combine_kernel(const __grid_
         float dot = 0;
 #pragma unroll
         for (int j = 0; j < kChannels; ++j) {
-          if (sum[j] != 0) dot += sum[j] * z[j];
-          total[j] -= gains[r] * sum[j];
+          if (sum[j] == 0) continue;
+          dot += sum[j] * z[j];
+          if (gains[r] != 0) total[j] -= gains[r] * sum[j];
         }
         dots[r][threadIdx.x] += double(dot);
       }

@@ -70,7 +70,7 @@ def _class_weight(class_weight, c, C, A: tl.constexpr):
 
 @triton.jit
 def _product(k, y):
-    """k y with 0 (-inf) = 0, as 0 log 0 = 0."""
+    """k y, and 0 where k is: what y is, be it infinite or NaN, is left out, as in 0 log 0 = 0."""
     return tl.where(k == 0, 0.0, k * y)
 
 
@@ -83,7 +83,7 @@ def _enter(loss, weight, entry, gains, losses, partials, j, inside, pixels, prog
 
     Returns the gradient of the result with respect to the unweighted loss of every pixel, where it is asked for.
     """
-    weighted = tl.where(weight == 0, 0.0, weight * loss)
+    weighted = _product(weight, loss)
     if partials is None:
         tl.store(losses + entry * pixels + j, weighted, mask=inside)
     else:
@@ -91,9 +91,9 @@ def _enter(loss, weight, entry, gains, losses, partials, j, inside, pixels, prog
     if not GRADIENT:
         return weight
     elif partials is None:
-        return tl.where(weight == 0, 0.0, weight * tl.load(gains + entry * pixels + j, mask=inside, other=0.0))
+        return _product(weight, tl.load(gains + entry * pixels + j, mask=inside, other=0.0))
     else:
-        return weight * tl.load(gains + entry)
+        return _product(weight, tl.load(gains + entry))
 
 
 @triton.jit
@@ -396,7 +396,7 @@ def exit_rows_kernel(
 
     hot = tl.full([BP], 1.0, A) - smoothing
     if class_weight is not None:
-        hot *= tl.load(class_weight + label)
+        hot *= tl.load(class_weight + label, mask=label_weight != 0, other=0.0)
     smooth = smoothing / C
     class_weights = tl.full([], 0, A)
     if SMOOTH:
@@ -468,9 +468,9 @@ def exit_rows_kernel(
                     smooth_dot += tl.sum(_product(w[:, None], y[k]), 0)
                 loss += smooth * (class_weights * log_1 - smooth_dot)
             g = _enter(loss, label_weight, i, gains, losses, partials, j, inside, pixels, programs, program, GRADIENT)
-            hots = g * hot
+            hots = _product(g, hot)
             smooths = g * smooth
-            q1 += g * (hot + smooth * class_weights)
+            q1 += _product(g, hot + smooth * class_weights)
         else:
             _enter_nothing(i, losses, partials, j, inside, pixels, programs, program, A)
         for r in tl.static_range(T):
@@ -516,7 +516,7 @@ def exit_rows_kernel(
                         grad = tl.where(c == label[None, :], -hots[None, :], 0.0)
                         if SMOOTH:
                             w = _class_weight(class_weight, k * BC + tl.arange(0, BC), C, A)
-                            grad -= w[:, None] * smooths[None, :]
+                            grad -= _product(smooths[None, :], w[:, None])
                     for r in tl.static_range(T):
                         if SOFT:
                             grad -= q[r * K + k] * taught[r][None, :]
@@ -754,7 +754,7 @@ def exit_blocks_kernel(
             P += (0,)
     hot = tl.full([BP], 1.0, A) - smoothing
     if class_weight is not None:
-        hot *= tl.load(class_weight + k)
+        hot *= tl.load(class_weight + k, mask=label_weight != 0, other=0.0)
     smooth = smoothing / C
 
     # Phase 2, the losses. Also what their gradients need, each with all that multiplies it: q1 and q2, the sums of the
@@ -777,9 +777,9 @@ def exit_blocks_kernel(
                 loss = tl.where(own, loss, 0.0)
             g_i = _enter(loss, label_weight, i, gains, losses, partials, j, own, pixels, programs, program, GRADIENT)
             if GRADIENT:
-                hots += (g_i * hot,)
+                hots += (_product(g_i, hot),)
                 smooths += (g_i * smooth,)
-                q1_i += g_i * (hot + smooth * class_weights)
+                q1_i += _product(g_i, hot + smooth * class_weights)
         else:
             _enter_nothing(i, losses, partials, j, own, pixels, programs, program, A)
         for r in tl.static_range(T):
@@ -886,7 +886,7 @@ def exit_blocks_kernel(
                     if labels is not None:
                         grad -= one_hot * hots[i][None, :]
                         if SMOOTH:
-                            grad -= _class_weight(class_weight, c, C, A)[:, None] * smooths[i][None, :]
+                            grad -= _product(smooths[i][None, :], _class_weight(class_weight, c, C, A)[:, None])
                     if LEARN and ROWS[i] >= 0:
                         a = tl.full([BC, BP], 0, A) - log_said[i][None, :]
                         for s in tl.static_range(N):
@@ -957,13 +957,16 @@ def norms_kernel(
     ENTRIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Phase 0: norms are 1 over the divisors, 0 where these are 0; gains are weights or grad_losses times norms."""
+    """Phase 0: norms are 1 over the divisors, 0 where these are 0; gains are weights or grad_losses times norms.
+
+    Of an infinite divisor the norm is NaN: as 0 it would leave out what made it so.
+    """
     for row in tl.static_range(2):
         if counts is None:
             total = tl.full([], divisor, tl.float64)
         else:
             total = _sum_over_programs(counts + row * programs, programs, BLOCK)
-        norm = tl.where(total == 0, 0.0, 1.0 / total)
+        norm = tl.where(total == 0, 0.0, tl.where(tl.abs(total) == float("inf"), float("nan"), 1.0 / total))
         tl.store(norms + row, norm)
         if gains is not None:
             for entry in tl.static_range(0 if row == 0 else N, N if row == 0 else ENTRIES):
@@ -971,7 +974,7 @@ def norms_kernel(
                     gain = tl.full([], weights[2 * entry], tl.float64) + tl.full([], weights[2 * entry + 1], tl.float64)
                 else:
                     gain = tl.load(grad_losses + entry).to(tl.float64)
-                tl.store(gains + entry, (gain * norm).to(gains.dtype.element_ty))
+                tl.store(gains + entry, _product(gain, norm).to(gains.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["programs", "N"])
