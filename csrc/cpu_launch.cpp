@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -41,7 +42,8 @@ const CpuKernels& choose_kernels() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
     best = 2;
 #endif
-  if (const char* wanted = std::getenv("SELFREG_FAST_ISA")) {
+  const char* const wanted = std::getenv("SELFREG_FAST_ISA");
+  if (wanted && *wanted) {
     const auto* found = std::find_if(names, names + 3, [&](const char* name) { return !std::strcmp(name, wanted); });
     if (found == names + 3)
       throw std::invalid_argument(std::string("SELFREG_FAST_ISA: expected baseline, avx2 or avx512, got ") + wanted);
@@ -57,6 +59,19 @@ const CpuKernels& choose_kernels() {
 const CpuKernels& kernels() {
   static const CpuKernels& chosen = choose_kernels();
   return chosen;
+}
+
+// f(begin, end) of parts of [0, count), of which each returns how many bytes of scratch it could not have. An exception
+// in there would lose its message.
+template <class F>
+void share_out(int64_t count, int64_t grain, F f) {
+  std::atomic<int64_t> missing{0};
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    if (const int64_t bytes = f(begin, end)) missing = bytes;
+  });
+  if (missing)
+    throw std::runtime_error("selfreg_fast: out of memory: a thread could not have " + std::to_string(missing) +
+                             " bytes of scratch");
 }
 
 // Phase 0, in chunks of a fixed size that are added in order.
@@ -221,13 +236,12 @@ void cpu_launch(const ExitLoss& launch) {
   std::vector<double> partial(plan.tiles * (launch.T + 1) * launch.N);
   const int64_t tile = plan.tile_rows * plan.tile_columns * plan.tiles_down * plan.tiles_across;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tile * launch.C * launch.N));
-  torch::stable::parallel_for(0, plan.images * plan.bands, grain, [&](int64_t begin, int64_t end) {
-    kernels().run(launch, plan, begin, end, partial.data());
+  share_out(plan.images * plan.bands, grain, [&](int64_t begin, int64_t end) {
+    return kernels().run(launch, plan, begin, end, partial.data());
   });
   for (int e = 0; e < launch.N; ++e) {
     if (!resizes[e].needed || !launch.grads[e].data || plan.bands == 1) continue;
-    torch::stable::parallel_for(0, launch.B, 1,
-                                [&](int64_t begin, int64_t end) { kernels().join(launch, plan, e, begin, end); });
+    share_out(launch.B, 1, [&](int64_t begin, int64_t end) { return kernels().join(launch, plan, e, begin, end); });
   }
 
   const bool is_double = launch.dtype == DType::float64;

@@ -63,10 +63,11 @@ struct CpuKernels {
   const char* isa;
   // Phase 0 over pixels [begin, end).
   PixelCounts (*count)(const ExitLoss&, int64_t begin, int64_t end);
+  // These two may throw nothing. They return how many bytes of scratch could not be had: 0, or nothing is done.
   // Phases 1 and 2 over bands [begin, end) of all images; each tile's sums go to partial[tile][T + 1][N].
-  void (*run)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
+  int64_t (*run)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
   // Adds up the rows of exit e's gradient that bands share, of images [begin, end).
-  void (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
+  int64_t (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
 };
 
 const CpuKernels& cpu_kernels_baseline();

@@ -86,6 +86,10 @@ class Worker {
     int64_t bytes = 0;
     lay_out([&bytes](int64_t n) -> char* { return bytes += (n + 63) / 64 * 64, nullptr; });
     memory = static_cast<char*>(aligned_alloc(64, bytes));
+    if (!memory) {
+      missing = bytes;
+      return;
+    }
     bytes = 0;
     lay_out([&bytes, this](int64_t n) { return memory + ((bytes += (n + 63) / 64 * 64) - (n + 63) / 64 * 64); });
     for (int e = 0; plan.resizes && e < N; ++e)
@@ -98,6 +102,8 @@ class Worker {
   }
   Worker(const Worker&) = delete;
   ~Worker() { free(memory); }
+
+  int64_t missing = 0;  // bytes that could not be had: then there is nothing to work with
 
   // Bands [first, end) of tiles, numbered over all images; the sums of each tile go to partial[tile].
   void run(int64_t first, int64_t end, double* partial) {
@@ -1073,9 +1079,10 @@ PixelCounts count(const ExitLoss& L, int64_t begin, int64_t end) {
 }
 
 template <class A>
-void run_tiles(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
+int64_t run_tiles(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
   Worker<A> worker(L, plan);
-  worker.run(begin, end, partial);
+  if (!worker.missing) worker.run(begin, end, partial);
+  return worker.missing;
 }
 
 PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {
@@ -1083,19 +1090,22 @@ PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {
 }
 
 template <class A>
-void join_as(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
-  A* const sum = static_cast<A*>(malloc(plan.resizes[e].columns.size * L.C * sizeof(A)));
+int64_t join_as(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
+  const int64_t bytes = plan.resizes[e].columns.size * L.C * int64_t(sizeof(A));
+  A* const sum = static_cast<A*>(malloc(bytes));
+  if (!sum) return bytes;
   for (int64_t image = begin; image < end; ++image) Resizer<A>::join(L, plan, e, image, sum);
   free(sum);
+  return 0;
 }
 
-void run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
-  L.dtype == DType::float64 ? run_tiles<double>(L, plan, begin, end, partial)
-                            : run_tiles<float>(L, plan, begin, end, partial);
+int64_t run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
+  return L.dtype == DType::float64 ? run_tiles<double>(L, plan, begin, end, partial)
+                                   : run_tiles<float>(L, plan, begin, end, partial);
 }
 
-void join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
-  L.dtype == DType::float64 ? join_as<double>(L, plan, e, begin, end) : join_as<float>(L, plan, e, begin, end);
+int64_t join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
+  return L.dtype == DType::float64 ? join_as<double>(L, plan, e, begin, end) : join_as<float>(L, plan, e, begin, end);
 }
 
 }  // namespace
