@@ -158,9 +158,8 @@ def exit_loss_matrix(
             check_label_values(labels, first.shape[1], ignore_index)
         labels = labels.long()
         valid = labels != ignore_index
-        known = (labels >= 0) & (
-            labels < first.shape[1]
-        )  # other labels make the loss NaN; on a GPU they end the process
+        # Other labels make the loss NaN; on a GPU they would end the process.
+        known = (labels >= 0) & (labels < first.shape[1])
         unknown = valid & ~known
         label_weight = torch.where(valid, weight, zero)
         # What does not count is left out, for 0 times an infinite class weight would be NaN.
@@ -410,8 +409,11 @@ def self_regulation_loss(
         sr_f = sr_f_loss(logits if features is None else features, **soft, **resize)
     if sr_l_weight is not None:
         sr_l = sr_l_loss(logits, **soft, **resize)
-    total = (mea_weight or 0) * mea + (sr_f_weight or 0) * sr_f + (sr_l_weight or 0) * sr_l
-    return SelfRegulationOutput(total, mea, sr_f, sr_l)
+    parts = ((mea_weight, mea), (sr_f_weight, sr_f), (sr_l_weight, sr_l))
+    terms = [weight * part for weight, part in parts if weight]  # of a part of weight 0 nothing, be it infinite
+    if not terms:  # 0, but a function of the logits
+        terms = [torch.zeros_like(mea) + z.flatten()[:0].sum().to(mea.dtype) for z in logits]
+    return SelfRegulationOutput(torch.stack(terms).sum(0), mea, sr_f, sr_l)
 
 
 def at_output_size(exits: Sequence[Tensor], size: Sequence[int], align_corners: bool) -> list[Tensor]:
