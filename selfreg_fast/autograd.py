@@ -107,8 +107,8 @@ class _ExitLoss(torch.autograd.Function):
         tracked = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
         with torch.set_grad_enabled(tracked):
             if grads and grad_total is not None and grad_losses is None:
-                if tracked:
-                    grads = [g * grad_total for g in _once(grads, exits)]
+                if tracked:  # of copies, as a later backward may scale what is saved
+                    grads = [g * grad_total for g in _once([g.clone() for g in grads], exits)]
                 else:
                     grads = _scaled(ctx.backend, grads, grad_total)
             else:
@@ -184,12 +184,15 @@ class _ByGradLosses(torch.autograd.Function):
                 u = grad_losses.detach().requires_grad_()
                 inputs = [z.detach().requires_grad_(i in ctx.wanted) for i, z in enumerate(exits)]
                 losses = _of_reference(inputs, labels, class_weight, pixel_weight, ctx.options)
-                wanted = [inputs[i] for i in ctx.wanted]
-                grads = torch.autograd.grad(losses, wanted, u, create_graph=True, materialize_grads=True)
-                pairs = [(g, v) for g, v in zip(grads, along, strict=True) if v is not None and g.requires_grad]
-                (by_losses,) = torch.autograd.grad([g for g, _ in pairs], u, [v for _, v in pairs])
+                by_losses = torch.zeros_like(u)
+                if losses.requires_grad:
+                    wanted = [inputs[i] for i in ctx.wanted]
+                    grads = torch.autograd.grad(losses, wanted, u, create_graph=True, materialize_grads=True)
+                    pairs = [(g, v) for g, v in zip(grads, along, strict=True) if v is not None and g.requires_grad]
+                    if pairs:
+                        (by_losses,) = torch.autograd.grad([g for g, _ in pairs], u, [v for _, v in pairs])
             if torch.is_grad_enabled():
-                (by_losses,) = _once([by_losses], [v for v in along if v is not None])
+                (by_losses,) = _once([by_losses], [*(v for v in along if v is not None), *exits])
         return None, None, None, None, None, by_losses, *along, *(None for _ in exits)
 
 
@@ -220,12 +223,11 @@ def _times(x: Tensor, weights: tuple[float, ...], n: int) -> Tensor:
 
 
 def _scaled(backend: str, grads: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """The saved gradients times `factor`: in place in a graph's last backward, for which nobody keeps them."""
-    if _is_one(factor):
-        return grads
+    """The saved gradients times `factor`: copies, but in a graph's last backward, which nobody else has them from."""
     if not is_real(factor) or _KEEPS_GRAPH is None or _KEEPS_GRAPH():
         return [g * factor for g in grads]
-    ops.scale_(backend, grads, factor)
+    if not _is_one(factor):
+        ops.scale_(backend, grads, factor)
     return grads
 
 

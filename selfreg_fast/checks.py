@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -54,7 +55,8 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
 
 def _refuse_names(function: str, unknown: set[str], names: frozenset[str]) -> None:
     name = min(unknown)
-    close = [_ELSEWHERE.get(name, "")] + difflib.get_close_matches(name, sorted(names), n=1)
+    close = [_ELSEWHERE.get(name, ""), *(n for n in sorted(names) if len(name) > 3 and (name in n or n in name))]
+    close += difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.85)
     hint = next((f"; do you mean {c!r}?" for c in close if c in names), "")
     raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
@@ -64,8 +66,11 @@ def warn_once(kind: str, text: str) -> None:
     if kind in _warned or torch.compiler.is_compiling():
         return
     _warned.add(kind)
+    frame, level = sys._getframe(), 1  # of the user's line: beyond this package, and torch, which calls modules
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
     silent = f"warnings.filterwarnings('ignore', message='selfreg_fast: .*{kind}')"
-    warnings.warn(f"selfreg_fast: {text} (said once; to silence it: {silent})", stacklevel=2)
+    warnings.warn(f"selfreg_fast: {text} (said once; to silence it: {silent})", stacklevel=level)
 
 
 def is_real(t: Tensor) -> bool:
@@ -172,8 +177,10 @@ def exit_weights_of(exit_weights: Sequence[float] | None, n: int | None) -> list
 
 
 def check_size(size: Sequence[int] | None) -> None:
-    if size is not None and not (is_sequence(size) and all(is_integer(d) and d > 0 for d in size)):
-        raise ValueError(f"size: expected a pair of positive integers (H, W), got {size!r}")
+    if size is None:
+        return
+    if not is_sequence(size) or len(size) > 3 or not all(is_integer(d) and d > 0 for d in size):
+        raise ValueError(f"size: expected positive integers (H, W), or (D, H, W) of volumes, got {size!r}")
 
 
 def teachers_of(teachers: Sequence[int], n: int) -> tuple[int, ...]:
@@ -237,7 +244,7 @@ def check_exits(exits: Sequence[Tensor], name: str) -> None:
         if z.dim() != first.dim() or z.shape[:2] != first.shape[:2]:
             want = ", ".join(str(d) for d in first.shape[:2]) + ", *" * (first.dim() - 2)
             hint = ""
-            if z.dim() == first.dim() and z.shape[0] == first.shape[0] and name != "logits":
+            if z.dim() == first.dim() and z.shape[0] == first.shape[0] and name == "features":
                 hint = "; features of different channels need a projection to common ones, as MultiExit's are"
             raise ValueError(f"{name}[{i}]: expected shape ({want}) like {name}[0], got {shape_of(z)}{hint}")
         if first.dim() not in _RESIZED and z.shape != first.shape:
@@ -289,11 +296,14 @@ def check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) -> 
         raise ValueError(f"{name}: expected shape {(first.shape[0], *spatial)}, got {shape_of(m)}")
 
 
-def check_class_weight(class_weight: Tensor, first: Tensor) -> None:
+def check_class_weight(class_weight: Tensor, first: Tensor | None = None) -> None:
+    """(C,) floating, for the exits like `first`."""
     check_tensor(class_weight, "class_weight", floating=True)
-    check_device(class_weight, "class_weight", first)
-    if class_weight.shape != (first.shape[1],):
-        raise ValueError(f"class_weight: expected shape ({first.shape[1]},), got {shape_of(class_weight)}")
+    if class_weight.dim() != 1 or (first is not None and class_weight.shape[0] != first.shape[1]):
+        want = "(C,)" if first is None else (first.shape[1],)
+        raise ValueError(f"class_weight: expected shape {want}, got {shape_of(class_weight)}")
+    if first is not None:
+        check_device(class_weight, "class_weight", first)
 
 
 def check_image_logits(image_logits: Sequence[Tensor], at_least: int = 1) -> None:
@@ -330,10 +340,14 @@ def output_size(
     first = exits[0]
     check_size(size)
     if size is not None:
-        if len(size) != first.dim() - 2 or (first.dim() not in _RESIZED and tuple(size) != first.shape[2:]):
+        if len(size) != first.dim() - 2:
             raise ValueError(
-                f"size: {size!r} does not fit {name} of shape {shape_of(first)}; only exits of 4 or 5 dimensions are "
-                "resized"
+                f"size: expected {first.dim() - 2} numbers for {name} of shape {shape_of(first)}, got {size!r}"
+            )
+        if first.dim() not in _RESIZED and tuple(size) != first.shape[2:]:
+            raise ValueError(
+                f"size: expected {shape_of(first)[2:]} of {name} (only exits of 4 or 5 dimensions are resized), "
+                f"got {size!r}"
             )
         spatial = tuple(size) if any(isinstance(d, torch.SymInt) for d in size) else tuple(int(d) for d in size)
     elif first.dim() not in _RESIZED:

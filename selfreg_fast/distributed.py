@@ -24,10 +24,17 @@ def check_group(process_group: Group, reduction: str = "mean") -> None:
         raise RuntimeError(
             "process_group: torch.distributed is not initialised; call torch.distributed.init_process_group() before"
         )
+    check_kind(process_group, reduction)
+
+
+def check_kind(process_group: Group, reduction: str = "mean") -> None:
+    """What can be said of `process_group` before torch.distributed is initialised."""
+    if process_group is None:
+        return
     if isinstance(process_group, str):
         if process_group != "world":
             raise ValueError(f"process_group: expected a ProcessGroup, 'world' or None, got {process_group!r}")
-    elif not isinstance(process_group, dist.ProcessGroup):
+    elif not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"process_group: expected a torch.distributed.ProcessGroup, 'world' or None, "
             f"got {type(process_group).__name__}"

@@ -12,7 +12,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ class MultiExit(nn.Module):
         as_logits: called with what the network returned, in training and in evaluation mode, where it may be something
             else; returns its logits (B, num_classes, h, w), the deepest exit. Default: the tensor itself, its "logits",
             "out" or "main" (item or attribute), else the one 4-d tensor in it, else the first of a tuple or list that
-            has `num_classes` channels.
+            has `num_classes` channels: for a network that returns (auxiliary, main) in training, pass another.
         own_output: False: the network returns no logits (a backbone), the last stage is the deepest exit. What the
             network has after that stage gets no gradient.
         image_level: True: also image-level predictions, as the published code makes them: a linear layer on each
@@ -135,6 +135,8 @@ class MultiExit(nn.Module):
         image_level: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network: expected a torch.nn.Module, got {type(network).__name__}")
         if any(isinstance(m, MultiExit) for m in network.modules()):
             raise ValueError(
                 "network: expected one without exits, got a MultiExit or one with it inside; name all stages in one "
@@ -175,7 +177,7 @@ class MultiExit(nn.Module):
             features.append(feature)
             logits.append(exit_logits)
         if self.own_output:
-            logits.append(self._network_logits(output))
+            logits.append(self._network_logits(output, "training" if self.training else "evaluation"))
         dtype = functools.reduce(torch.promote_types, (z.dtype for z in logits))  # networks that end in .float()
         logits = [z.to(dtype) for z in logits]
         image_logits = None
@@ -220,11 +222,10 @@ class MultiExit(nn.Module):
             maps.append(stage_map)
         return maps, output
 
-    def _network_logits(self, output: Any) -> Tensor:
-        """The logits (B, num_classes, h, w) in what the network returned."""
+    def _network_logits(self, output: Any, mode: str) -> Tensor:
+        """The logits (B, num_classes, h, w) in what the network returned in this mode."""
         logits = self.as_logits(output)
         if not _is_map(logits) or logits.shape[1] != self.num_classes:
-            mode = "training" if self.network.training else "evaluation"
             raise ValueError(
                 f"network: expected logits (B, {self.num_classes}, h, w) in its output in {mode} mode, got "
                 f"{_describe(output)}; pass as_logits= to find them, or own_output=False for a network without"
@@ -263,7 +264,7 @@ class MultiExit(nn.Module):
                     "w, C); pass as_map=lambda output, size: output.permute(0, 3, 1, 2)"
                 )
         if self.own_output:
-            self._network_logits(output)
+            self._network_logits(output, "evaluation")
         return maps
 
 
@@ -431,7 +432,7 @@ def _tensors(output: Any) -> list[Tensor]:
     elif isinstance(output, (tuple, list)):
         values = list(output)
     else:
-        values = list(vars(output).values()) if is_dataclass(output) else []
+        values = [getattr(output, f.name, None) for f in fields(output)] if is_dataclass(output) else []
     return [v for v in values if isinstance(v, Tensor)]
 
 
@@ -443,10 +444,10 @@ def _only_map(output: Any, _size: tuple[int, int] | None = None) -> Any:
 
 def _find_logits(num_classes: int, output: Any) -> Any:
     """The logits in a network's `output`, as `as_logits` says; else `output`, for the caller to refuse."""
-    for name in ("logits", "out", "main"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
+    items = output.get if isinstance(output, Mapping) else functools.partial(getattr, output)
+    named_so = [items(name, None) for name in ("logits", "out", "main")]
+    if tensors := [t for t in named_so if isinstance(t, Tensor)]:
+        return next((t for t in tensors if _is_map(t) and t.shape[1] == num_classes), tensors[0])
     only = _only_map(output)
     if only is output and isinstance(output, (tuple, list)):
         return next((t for t in _tensors(output) if _is_map(t) and t.shape[1] == num_classes), output)

@@ -282,7 +282,7 @@ def mea_loss(
     Source: Zhang et al., ICCV 2021.
     """
     n = checks.count(logits, "logits")
-    checks.check_labels(labels)
+    checks.check_tensor(labels, "labels")  # for None would be no error, but no label losses
     return _row_sum(
         logits,
         checks.exit_weights_of(exit_weights, n),
@@ -366,7 +366,7 @@ def self_regulation_loss(
     Source: Zhang et al., ICCV 2021, with the weights 0.8 and 0.2 of its published code.
     """
     n = checks.count(logits, "logits", at_least=2, instead="mea_loss takes one")
-    checks.check_labels(labels)
+    checks.check_tensor(labels, "labels")
     exit_weights = checks.exit_weights_of(exit_weights, n)
     mea_weight = checks.part_weight(mea_weight, "mea_weight")
     sr_f_weight = checks.part_weight(sr_f_weight, "sr_f_weight")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import checks, functional
 from .backends import check_name
-from .distributed import Group
+from .distributed import Group, check_kind
 from .exits import MultiExitOutput
 
 
@@ -32,7 +32,8 @@ class SelfRegulationLoss(nn.Module):
             label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, process_group, backend,
             validate: as in :func:`selfreg_fast.self_regulation_loss`, same defaults.
         class_weight: (C,) floating, kept as a buffer that moves and is saved with the module, as the weight of
-            `nn.CrossEntropyLoss`. A `state_dict` without it can be loaded: the module keeps its own.
+            `nn.CrossEntropyLoss`. A `state_dict` without it can be loaded: the module keeps its own (which after
+            `to_empty` is what lay in memory).
         image_level_sr_l: True: SR-L is :func:`selfreg_fast.presence_distillation_loss` of the image-level predictions
             instead of the loss between logits.
 
@@ -89,8 +90,9 @@ class SelfRegulationLoss(nn.Module):
             validate=validate,
         )
         check_name(backend)
+        check_kind(process_group, reduction)
         if class_weight is not None:
-            checks.check_tensor(class_weight, "class_weight", floating=True)
+            checks.check_class_weight(class_weight)
         self.options: dict[str, Any] = {
             "mea_weight": mea_weight,
             "sr_f_weight": sr_f_weight,
@@ -133,6 +135,7 @@ class SelfRegulationLoss(nn.Module):
         self.sr_enabled = bool(enabled)
         return self
 
+    @checks.named
     def forward(
         self,
         logits: Sequence[Tensor] | MultiExitOutput,
@@ -181,8 +184,8 @@ class SelfRegulationLoss(nn.Module):
         return output
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes what was saved without class weights, as version 0.1 did, too."""
-        if self.class_weight is not None:
+        """Takes what was saved without class weights, as version 0.1 did, too; not where there are none on meta."""
+        if self.class_weight is not None and not self.class_weight.is_meta:
             state_dict.setdefault(prefix + "class_weight", self.class_weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

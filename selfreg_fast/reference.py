@@ -163,7 +163,7 @@ def exit_loss_matrix(
         unknown = valid & ~known
         label_weight = torch.where(valid, weight, zero)
         # What does not count is left out, for 0 times an infinite class weight would be NaN.
-        labels = torch.where(known & (label_weight != 0), labels, ignore_index)
+        labels = labels.masked_fill(~known | (label_weight == 0), ignore_index)
         soft_weight = label_weight if mask_soft else weight
         if class_weight is not None:
             class_weight = class_weight.to(first.dtype)
@@ -301,10 +301,10 @@ def mea_loss(
 @named
 def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255) -> Tensor:
     """1 where a class occurs in an image, else 0: labels (B, ...) to float32 (B, num_classes)."""
-    flat = labels.flatten(1).long()
+    flat = (labels if labels.dim() > 1 else labels[:, None]).flatten(1).long()
     valid = (flat != ignore_index) & (flat >= 0) & (flat < num_classes)
-    present = torch.zeros(labels.shape[0], num_classes + 1, dtype=torch.float32, device=labels.device)
-    return present.scatter_(1, torch.where(valid, flat, num_classes), 1.0)[:, :num_classes]
+    present = labels.new_zeros(labels.shape[0], num_classes + 1, dtype=torch.float32)
+    return present.scatter_(1, flat.masked_fill(~valid, num_classes), 1.0)[:, :num_classes]
 
 
 @named
@@ -388,7 +388,7 @@ def self_regulation_loss(
         "detach_teacher": detach_teacher,
     }
     shape = (labels.shape[0], *size) if reduction == "none" else ()
-    mea = sr_f = sr_l = torch.zeros(shape, dtype=loss_dtype(logits[0].dtype), device=logits[0].device)
+    mea = sr_f = sr_l = logits[0].new_zeros(shape, dtype=loss_dtype(logits[0].dtype))
     if mea_weight is not None:
         mea = seg_weight_of(seg_weight, image_logits) * mea_loss(
             logits,
@@ -450,5 +450,5 @@ def _reduce(loss: Tensor, weight: Tensor, divisor: Tensor, reduction: str) -> Te
     if reduction == "sum":
         return total
     # Divided by infinity, gradients would be 0 beside a loss of NaN.
-    safe = torch.where(divisor == 0, 1, divisor.masked_fill(divisor.isinf(), math.nan))
+    safe = divisor.masked_fill(divisor.isinf(), math.nan).masked_fill(divisor == 0, 1)
     return torch.where(divisor == 0, 0.0 * total, total / safe)

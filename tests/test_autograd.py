@@ -338,6 +338,53 @@ def test_a_gradient_differentiated_by_a_learned_weight(backend: Backend, case: s
         assert_close(a, e, tolerance, floor=0 if dtype != torch.float16 else 1e-3)
 
 
+def test_gradients_handed_out_stay_as_they_are(backend: Backend) -> None:
+    """A later backward of the same graph scales none of those that an earlier one gave, be they tracked or not."""
+    exits = leaves(_exits(backend))
+    labels = make_labels((SHAPE[0], *SHAPE[2:]), 3, device=backend.device)
+    w = torch.tensor(0.3, dtype=torch.float64, device=backend.device, requires_grad=True)
+    total = srf.self_regulation_loss(exits, labels, backend=backend.name).total
+    first = torch.autograd.grad(total, exits, retain_graph=True)
+    tracked = torch.autograd.grad(w * total, exits, create_graph=True)
+    before = [g.clone() for g in first]
+    five = torch.autograd.grad(5 * total, exits)
+    norm = sum(g.square().sum() for g in before)
+    for g, b, f in zip(first, before, five, strict=True):
+        assert torch.equal(g, b)
+        assert_close(f, 5 * b, 1e-12)
+    (by_w,) = torch.autograd.grad(sum(g.square().sum() for g in tracked), w)
+    assert_close(by_w, 2 * w.detach() * norm, 1e-10)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_third_derivative_is_right_or_refused_by_name(backend: Backend, part: str) -> None:
+    """The derivative by a learned weight is a function of the exits, too."""
+    exits = leaves(_exits(backend))
+    labels = make_labels((SHAPE[0], *SHAPE[2:]), 3, device=backend.device)
+    w = torch.ones((), dtype=torch.float64, device=backend.device, requires_grad=True)
+    loss = getattr(srf.self_regulation_loss(exits, labels, backend=backend.name), part)
+    grads = torch.autograd.grad(w * loss, exits, create_graph=True, allow_unused=True)
+    (by_w,) = torch.autograd.grad(sum(g.sin().sum() for g in grads if g is not None), w, create_graph=True)
+    assert by_w.requires_grad
+    if backend.fused:
+        with pytest.raises(RuntimeError, match="selfreg_fast.*reference"):
+            torch.autograd.grad(by_w, exits, allow_unused=True)
+    else:
+        assert any(g is not None and g.any() for g in torch.autograd.grad(by_w, exits, allow_unused=True))
+
+
+def test_losses_without_a_gradient_have_no_second(backend: Backend) -> None:
+    """Zeros, where nothing that is weighted depends on an exit."""
+    exits = leaves(_exits(backend, n=1))
+    losses = srf.exit_loss_matrix(exits, teachers=(0,), detach_teacher=False, backend=backend.name)
+    w = torch.rand_like(losses).requires_grad_()
+    weighted = (w * losses).sum()
+    grads = torch.autograd.grad(weighted, exits, create_graph=True, allow_unused=True)
+    total = sum((g.sum() for g in grads if g is not None), start=0 * w.sum())
+    (by_w,) = torch.autograd.grad(total, w)
+    assert not by_w.any()
+
+
 @pytest.mark.parametrize("detach_teacher", [True, False])
 def test_the_same_tensor_given_twice(backend: Backend, detach_teacher: bool) -> None:
     """As teacher and student, or as two students: its gradients add up."""

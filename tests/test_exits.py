@@ -38,6 +38,12 @@ class Output:
     size: int = 0
 
 
+@dataclass(slots=True)
+class Slots:
+    prediction: Tensor
+    size: int = 0
+
+
 class Pair(NamedTuple):
     last: Tensor
     pooled: Tensor
@@ -297,6 +303,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"MultiExit\(\) got .*'classes'; do you mean 'num_classes'",
     ),
+    "logits under other names": (
+        lambda: _model(_network(wrap=lambda z: {"a": z, "b": z}).train()),
+        ValueError,
+        r"network: .* in evaluation mode, got dict",
+    ),
+    "no module": (lambda: _model(len), TypeError, "network: expected a torch.nn.Module, got builtin"),
     "no example": (lambda: _model(example=3), TypeError, "example: expected a tensor.*got int"),
 }
 
@@ -438,6 +450,8 @@ TRAINING_OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "nested": lambda z: (z, [z, z]),
     "out and aux": lambda z: {"aux": z.detach(), "out": z},
     "main and aux": lambda z: {"aux": z.detach(), "main": z},
+    "logits of the image, too": lambda z: {"logits": z.mean((2, 3)), "out": z},
+    "a dataclass with slots": Slots,
     "logits and a loss": lambda z: {"loss": z.mean(), "logits": z, "hidden": z.detach()},
 }
 

@@ -66,6 +66,14 @@ def test_swapped_axes_are_warned_of_once(nothing_said: None, case: str) -> None:
         assert re.match(silent, said[0])
 
 
+def test_a_warning_points_to_the_users_line(nothing_said: None) -> None:
+    """Not to ours, nor to torch's, which calls modules."""
+    labels = torch.zeros(2, 32, 16, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="aspect ratio") as caught:
+        srf.SelfRegulationLoss()([torch.zeros(2, 5, 16, 32)] * 2, labels)
+    assert caught[0].filename == __file__
+
+
 def test_logits_of_one_channel_are_warned_of_once(nothing_said: None) -> None:
     """Their label loss is 0 whatever they are; what is said instead to do learns."""
     z, labels = make_exits(2, (2, 1, 8, 8)), make_labels((2, 8, 8), 1)
@@ -139,6 +147,12 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             "label_smooth": "label_smoothing",
         }.items()
     },
+    "a criterion's call": (
+        lambda: srf.SelfRegulationLoss()(EXITS, LABELS, pixel_weights=None),
+        TypeError,
+        r"forward\(\) got .*'pixel_weights'; do you mean 'pixel_weight'",
+    ),
+    "nothing like it": (lambda: srf.sr_l_loss(EXITS, class_weights=None), TypeError, "argument 'class_weights'$"),
     "tau=": (
         lambda: srf.SelfRegulationLoss(tau=2),
         TypeError,
@@ -161,8 +175,12 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             ("seg_weight", "1", TypeError),
             ("exit_weights", 1.0, TypeError),
             ("size", (4, 0), ValueError),
+            ("size", (1, 2, 3, 4), ValueError),
+            ("process_group", "foo", ValueError),
             ("backend", "gpu", ValueError),
             ("class_weight", [1.0, 2.0], TypeError),
+            ("class_weight", torch.tensor(1.0), ValueError),
+            ("class_weight", torch.ones(2, 3), ValueError),
         )
     },
     "a list of weights": (
@@ -305,3 +323,12 @@ def test_what_the_objective_returns_adds_up() -> None:
     assert_close(out.sr_l, srf.sr_l_loss(EXITS), 1e-6)
     parts: list[Tensor] = [w * part for w, part in zip(weights.values(), out[1:], strict=True)]
     assert_close(out.total, torch.stack(parts).sum(), 1e-6)
+
+
+def test_presence_of_labels_of_any_rank() -> None:
+    """(B,) as (B, L) and (B, H, W)."""
+    labels = torch.tensor([0, 3, 255, 3])
+    for shape in ((4,), (4, 1), (4, 1, 1)):
+        assert torch.equal(srf.presence_vector(labels.view(shape), 4).argmax(1), torch.tensor([0, 3, 0, 3]))
+        assert srf.presence_vector(labels.view(shape), 4).sum() == 3
+    assert srf.presence_vector(labels[:0], 4).shape == (0, 4)

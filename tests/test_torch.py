@@ -259,9 +259,13 @@ def _training_step(backend: Backend, a: Tensor, b: Tensor, labels: Tensor) -> tu
     return torch.autograd.grad(loss + srf.self_regulation_loss(exits, labels, **options).sr_l, exits)
 
 
-@pytest.mark.parametrize("how", ["fake", "make_fx real", "make_fx fake", "make_fx symbolic", "MemTracker"])
+@pytest.mark.parametrize(
+    "how", ["fake", "fake, mode not entered", "make_fx real", "make_fx fake", "make_fx symbolic", "MemTracker"]
+)
 def test_a_step_asks_for_no_values(backend: Backend, how: str) -> None:
     """Fake tensors, traced ones and counted memory: what plans a training run without running it."""
+    if how == "fake, mode not entered" and not backend.fused:
+        pytest.skip("reference: in PyTorch's own derivatives are real numbers")
     a, b = leaves(make_exits(2, SHAPE, device=backend.device))
     labels = make_labels((2, 6, 8), 5, device=backend.device)
     step = partial(_training_step, backend)
@@ -270,6 +274,8 @@ def test_a_step_asks_for_no_values(backend: Backend, how: str) -> None:
         for given, expected in zip(traced(a, b, labels), step(a, b, labels), strict=True):
             assert_close(given, expected, 1e-6)
         return
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, MemTracker() if how == "MemTracker" else nullcontext():
-        grads = step(*(mode.from_tensor(t) for t in (a, b, labels)))
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t) for t in (a, b, labels)]
+    with nullcontext() if "not entered" in how else mode, MemTracker() if how == "MemTracker" else nullcontext():
+        grads = step(*fakes)
     assert [(g.shape, g.dtype) for g in grads] == [(z.shape, z.dtype) for z in (a, b)]
