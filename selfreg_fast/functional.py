@@ -426,7 +426,7 @@ def self_regulation_loss(
         **shared,
     )
     zero = losses.new_zeros(losses.shape[2:])
-    mea = seg_weight * _weighted(losses[0], exit_weights) if mea_weight is not None else zero
+    mea = _weighted(losses[0], [seg_weight * w for w in exit_weights]) if mea_weight is not None else zero
     sr_l = losses[-1].sum(0) if sr_l_weight is not None else zero
     sr_f = losses[1].sum(0) if 0 in teachers else zero
     if sr_f_weight is not None and features is not None:

@@ -259,9 +259,7 @@ def _training_step(backend: Backend, a: Tensor, b: Tensor, labels: Tensor) -> tu
     return torch.autograd.grad(loss + srf.self_regulation_loss(exits, labels, **options).sr_l, exits)
 
 
-@pytest.mark.parametrize(
-    "how", ["fake", "fake, mode not entered", "make_fx real", "make_fx fake", "make_fx symbolic", "MemTracker"]
-)
+@pytest.mark.parametrize("how", ["fake", "fake, mode not entered", "make_fx real", "make_fx symbolic", "MemTracker"])
 def test_a_step_asks_for_no_values(backend: Backend, how: str) -> None:
     """Fake tensors, traced ones and counted memory: what plans a training run without running it."""
     if how == "fake, mode not entered" and not backend.fused:
