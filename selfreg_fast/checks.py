@@ -201,7 +201,7 @@ def teachers_of(teachers: Sequence[int], n: int) -> tuple[int, ...]:
 
 def check_tensor(t: Tensor, name: str, floating: bool = False) -> None:
     if not isinstance(t, Tensor):
-        hint = f"; torch.tensor({name})" if isinstance(t, (list, tuple)) else ""
+        hint = f"; pass torch.tensor({name})" if isinstance(t, (list, tuple)) else ""
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}{hint}")
     if t.layout != torch.strided or t.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
@@ -273,7 +273,7 @@ def check_labels(labels: Tensor, first: Tensor | None = None) -> None:
     if labels.dim() < 1:
         raise ValueError("labels: expected shape (B, ...), got a scalar")
     if first is not None and first.dim() in _RESIZED and labels.dim() != first.dim() - 1:
-        hint = "; labels.squeeze(1) has no channel" if labels.dim() == first.dim() and labels.shape[1] == 1 else ""
+        hint = "; pass labels.squeeze(1)" if labels.dim() == first.dim() and labels.shape[1] == 1 else ""
         want = "(B, H, W)" if first.dim() == 4 else "(B, D, H, W)"
         raise ValueError(f"labels: expected shape {want}, got {shape_of(labels)}{hint}")
 

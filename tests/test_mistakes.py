@@ -100,7 +100,7 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels with a channel": (
         lambda: srf.self_regulation_loss(EXITS, LABELS[:, None]),
         ValueError,
-        r"labels: expected shape \(B, H, W\), got \(2, 1, 8, 8\); labels.squeeze\(1\)",
+        r"labels: expected shape \(B, H, W\), got \(2, 1, 8, 8\); pass labels.squeeze\(1\)",
     ),
     "volumes' labels with a channel": (
         lambda: srf.mea_loss([torch.zeros(2, 3, 4, 4, 4)], torch.zeros(2, 1, 4, 4, 4, dtype=torch.int64)),
@@ -186,7 +186,7 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a list of weights": (
         lambda: srf.SelfRegulationLoss(class_weight=[1.0, 2.0]),
         TypeError,
-        r"class_weight: expected a tensor, got list; torch.tensor\(class_weight\)",
+        r"class_weight: expected a tensor, got list; pass torch.tensor\(class_weight\)",
     ),
     # numbers that are none
     **{
