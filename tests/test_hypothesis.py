@@ -459,7 +459,7 @@ def test_ten_runs_give_the_same_bits(backend: Backend, case: Case) -> None:
     before = torch.get_num_threads()
     try:
         expected = _run(backend, exits, kwargs, grad)
-        for run in range(9):
+        for run in range(1 if backend.interpreted else 9):  # an interpreter has no other order
             torch.set_num_threads(2 - run % 2 if backend.fused else 1)
             _assert_equal(_run(backend, exits, kwargs, grad), expected)
     finally:
