@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    RELATIVE,
     Backend,
     assert_close,
     gradients,
@@ -333,9 +334,10 @@ def test_a_gradient_differentiated_by_a_learned_weight(backend: Backend, case: s
 
     exact = by_weight("reference", torch.float64)
     given = by_weight(backend.name, dtype)
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
+    # Some roundings one after the other: of the exits, their gradients and the sums over pixels.
+    tolerance = 4 * RELATIVE[dtype]
     for a, e in zip(given, exact, strict=True):
-        assert_close(a, e, tolerance, floor=0 if dtype != torch.float16 else 1e-3)
+        assert_close(a, e, tolerance)
 
 
 def test_gradients_handed_out_stay_as_they_are(backend: Backend) -> None:
