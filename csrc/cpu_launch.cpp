@@ -2,6 +2,9 @@
 // in here but parallel_for.
 #include "cpu_launch.h"
 
+#ifdef SELFREG_X86_ISAS
+#include <cpuid.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -29,14 +32,21 @@ int64_t tile_pixels(const ExitLoss& launch, int64_t pixels) {
   return std::clamp<int64_t>(std::min(budget, pixels / 16) / 64 * 64, 64, 1024);
 }
 
+#ifdef SELFREG_X86_ISAS
+// By cpuid: GCC 10 and Clang 16 do not know the name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // The best instruction set of this CPU, or a lesser one that SELFREG_FAST_ISA names.
 const CpuKernels& choose_kernels() {
   const char* const names[] = {"baseline", "avx2", "avx512"};
   int best = 0;
 #ifdef SELFREG_X86_ISAS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-      __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c())
     best = 1;
   if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
