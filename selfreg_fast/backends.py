@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,6 @@ _SERVING: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference", *(("triton",) if TRITON_INTERPRETED else ()), *(("cuda",) if CUDA_ON_HOST else ())),
 }
 _AUTO = {device: next(n for n in names if _STATUS[n] == AVAILABLE) for device, names in _SERVING.items()}
-_FALLEN = frozenset(device for device, name in _AUTO.items() if name == "reference")
 _warned: set[str] = set()
 
 if not CPU_KERNELS and _LIBRARY.is_file():  # built, but of no use here: say so at once
@@ -124,6 +124,8 @@ def backends() -> dict[str, str]:
     Returns:
         {"cuda": ..., "triton": ..., "cpu": ..., "reference": ...}: "available", or why not and what to do about it.
     """
+    if torch.cuda.is_available():
+        _look_at_gpus()
     states = {name: _STATUS[name] for name in NAMES}
     for name in ("cuda", "triton"):
         if states[name] == AVAILABLE and device_of(name) == "cuda" and not torch.cuda.is_available():
@@ -140,7 +142,8 @@ def choose(name: str, device_type: str) -> str:
     """The backend that serves a call.
 
     "auto" is the first available of cuda, triton, reference for CUDA tensors, of cpu, reference for CPU tensors, and
-    the reference for all others. Where kernels are meant to serve and there are none, it warns, once.
+    the reference for all others. The CUDA kernels are available where they run on every GPU that torch sees; a first
+    call within torch.compile does not look. Where kernels are meant to serve and there are none, it warns, once.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference".
@@ -153,11 +156,14 @@ def choose(name: str, device_type: str) -> str:
         ValueError: no backend has that name, or it does not compute on such tensors.
         RuntimeError: the backend asked for is not available.
     """
-    # In the hot path, and traced by torch.compile: look-ups of strings in what never changes, nothing else.
+    # In the hot path, and traced by torch.compile: look-ups of strings in what does not change, nothing else.
+    if device_type == "cuda" and not torch.compiler.is_compiling() and not _gpus_seen:
+        _look_at_gpus()
     if name == "auto":
-        if device_type in _FALLEN and not torch.compiler.is_compiling():
+        chosen = _AUTO.get(device_type, "reference")
+        if chosen == "reference" and device_type in _SERVING and not torch.compiler.is_compiling():
             _warn_of_fallback(device_type)
-        return _AUTO.get(device_type, "reference")
+        return chosen
     check_name(name)
     if name not in _SERVING.get(device_type, ("reference",)):
         raise ValueError(f"backend: {name!r} does not compute on {device_type} tensors; pass backend='auto'")
@@ -170,6 +176,52 @@ def check_name(name: str) -> None:
     """ValueError for what is neither "auto" nor a backend's name."""
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
+
+
+def _look_at_gpus() -> None:
+    """Takes the CUDA kernels back where a GPU here cannot run them.
+
+    It looks once, and not when this module is imported, for to ask a GPU anything starts CUDA in this process.
+    """
+    global _gpus_seen
+    if _gpus_seen or CUDA_ON_HOST or _STATUS["cuda"] != AVAILABLE:
+        return
+    archs = build_record().get("archs", [])
+    try:
+        gpus = [(torch.cuda.get_device_capability(i), i) for i in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError):  # a GPU in exclusive use, a forked process: the call itself will say so
+        return
+    _gpus_seen = True
+    for capability, device in gpus:
+        if runs_on(capability, archs):
+            continue
+        number = ".".join(map(str, capability))
+        gpu = f"{torch.cuda.get_device_name(device)} (compute capability {number})"
+        _STATUS["cuda"] = f"built for {', '.join(archs)}, not for the {gpu}: " + (
+            "the kernels need 8.0 or newer"
+            if capability < (8, 0)
+            else f"to reinstall: SELFREG_FAST_CUDA_ARCHS={number} {_REINSTALL}"
+        )
+        _AUTO["cuda"] = next(name for name in _SERVING["cuda"] if _STATUS[name] == AVAILABLE)
+
+
+_gpus_seen = False
+
+
+def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:
+    """Whether kernels built for `archs` ("8.0", "9.0a", "9.0+PTX", ...) run on a GPU of this compute capability.
+
+    Machine code runs on GPUs of the same major version that are not older, that of "a" only on its own, that of "f" on
+    its family; PTX on all that are not older
+    (https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#binary-compatibility).
+    """
+    for arch in archs:
+        built = tuple(int(number) for number in re.findall(r"\d+", arch))
+        if capability == built or (
+            capability > built and "a" not in arch and (capability[0] == built[0] or arch.endswith("+PTX"))
+        ):
+            return True
+    return not archs  # what an installation does not say is no reason
 
 
 def _warn_of_fallback(device_type: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from selfreg_fast.backends import runs_on
+
 
 def run(program: str, **environment: str) -> str:
     """What a program of its own prints; in tests/, for sys.path begins with the working directory."""
@@ -62,3 +64,51 @@ def test_no_memory_for_scratch() -> None:
     found = re.search(r"out of memory: a thread could not have (\d+) bytes of scratch", said)
     assert found and int(found[1]) > 100_000_000, said
     assert abs(float(loss) - math.log(200_000)) < 1e-4
+
+
+# A GPU that the process believes to be there, and CUDA kernels for other ones.
+OLD_GPU = """
+import sys, torch, selfreg_fast
+backends = sys.modules["selfreg_fast.backends"]
+backends._STATUS |= {"cuda": "available", "triton": "available"}
+backends._AUTO["cuda"] = "cuda"
+backends.CUDA_ON_HOST = ""
+backends._SERVING["cuda"] = "cuda", "triton", "reference"
+backends.build_record = lambda: {"archs": %r}
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_capability = lambda device: [(9, 0), %r][device]
+torch.cuda.get_device_name = lambda device: "Tesla Old"
+print(torch.compile(lambda: backends.choose("auto", "cuda"), fullgraph=True, backend="eager")(), end=" ")
+torch.cuda.is_available = lambda: True
+print(backends.choose("auto", "cuda"), selfreg_fast.backends()["cuda"])
+try:
+    backends.choose("cuda", "cuda")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on() -> None:
+    """`backends()` names it and says what to do, "auto" takes the next backend; torch.compile asks no GPU."""
+    said = run(OLD_GPU % (["8.0", "9.0+PTX"], (7, 5))).splitlines()
+    assert said[0].startswith("cuda triton built for 8.0, 9.0+PTX, not for the Tesla Old (compute capability 7.5): ")
+    assert said[0].endswith("the kernels need 8.0 or newer") and said[1].startswith("backend 'cuda': built for 8.0")
+    said = run(OLD_GPU % (["9.0"], (8, 6))).splitlines()
+    assert "to reinstall: SELFREG_FAST_CUDA_ARCHS=8.6 pip install" in said[0]
+    assert run(OLD_GPU % (["8.0", "9.0+PTX"], (12, 0))) == "cuda cuda available"
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        (["8.0", "9.0+PTX"], [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+        (["8.6"], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        (["9.0a"], [(9, 0)], [(8, 0), (10, 0)]),
+        (["9.0a+PTX"], [(9, 0)], [(10, 0)]),
+        (["10.0f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ([], [(7, 5), (9, 0)], []),
+    ],
+)
+def test_architectures_that_run_on_a_gpu(archs: list[str], runs: list[tuple[int, int]], does_not: list) -> None:
+    assert all(runs_on(gpu, archs) for gpu in runs)
+    assert not any(runs_on(gpu, archs) for gpu in does_not)
