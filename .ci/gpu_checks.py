@@ -24,7 +24,7 @@ VENV = ROOT / ".venv-gpu"
 WHEELS = ROOT / "wheels"
 PYTHON = VENV / "bin" / "python"
 
-NEEDED = ("setuptools>=77", "pytest>=8", "hypothesis", "numpy", "rich")
+NEEDED = ("setuptools>=77", "ninja", "pytest>=8", "hypothesis", "numpy", "rich")
 WELCOME = ("pytest-xdist", "tqdm", "pillow", "matplotlib", "liger-kernel")  # without: slower, or some tests are skipped
 
 # Steps of one row run side by side; the benchmark has the machine to itself. Seconds each may take.
