@@ -2,7 +2,7 @@
 
 `pip install .` is all there is to do. No compiler: the package installs without kernels, and `selfreg_fast.backends()`
 says so. A compiler that fails: the install fails, and says how to go on without it. Every command stands in
-build/COMPILER-TORCH/build.ninja; what was built, and what was not and why, in selfreg_fast/_build.json.
+build/*/build.ninja; what was built, and what was not and why, in selfreg_fast/_build.json.
 
 Environment variables:
     SELFREG_FAST_BUILD   unset: build the kernels where there is a compiler; 0: never; 1: or else fail.
@@ -163,7 +163,9 @@ class Kernels(build_ext):
         for package in packages:
             package.mkdir(parents=True, exist_ok=True)
             (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
-        if machine == platform.machine() and not self.computes(packages[-1].parent):
+        if machine not in ("", platform.machine()):
+            print(f"selfreg_fast: its kernels are built, but not tried: they are for {machine}")
+        elif machine and not self.computes(packages[-1].parent):
             for file in (f for package in packages for f in (*package.glob("_C*.so"), package / "_build.json")):
                 file.unlink()
             sys.exit(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FOUND = """
@@ -113,6 +115,13 @@ def test_an_architecture_is_nothing_to_a_build_without_cuda(tmp_path: Path) -> N
     torch = torch_in(tmp_path / "site", cuda=None)
     done = look(tmp_path, SELFREG_FAST_TORCH=str(torch), TORCH_CUDA_ARCH_LIST="anything")
     assert "has no CUDA" in json.loads(done.stdout)[2]
+
+
+def test_the_torch_of_nvidias_images_is_new_enough() -> None:
+    needed = [Requirement(text) for text in requires("selfreg_fast") or [] if text.startswith("torch")]
+    assert len(needed) == 1
+    assert "2.10.0a0+b4e4ee81d3.nv25.12" in needed[0].specifier and "2.15.0" in needed[0].specifier
+    assert "2.9.1" not in needed[0].specifier
 
 
 @pytest.mark.parametrize("place", ["activated", "beside", "above"])
