@@ -67,6 +67,7 @@ def computes_by(isa: str) -> bool:
 
 
 def main() -> int:
+    """The status. The package tried is the one in PACKAGE, and no other that Python might find."""
     state = srf.backends()["cpu"]
     if state != "available" or not Path(srf.__file__).is_relative_to(PACKAGE):
         print(f"selfreg_fast in {srf.__file__}: CPU kernels: {state}")

@@ -21,8 +21,6 @@ import setuptools
 
 MIN_TORCH = (2, 10)  # the first whose stable ABI has all we call
 WAY_OUT = "go on without kernels, with the reference only: SELFREG_FAST_BUILD=0 pip install ."
-
-
 # As torch names them (torch/utils/cpp_extension.py).
 FAMILIES = {"Volta": "7.0", "Turing": "7.5", "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX"}
 FAMILIES |= {"Blackwell": "10.0;10.3;12.0;12.1+PTX"}
@@ -235,12 +233,8 @@ def why_not_cuda() -> tuple[str | None, list[str], str]:
         here = f"torch {TORCH.version}, which was there then,"
         return f"not built: {here} has no CUDA (SELFREG_FAST_CUDA=1 builds all the same)", [], ""
     if NVCC is None:
-        home = os.environ.get("CUDA_HOME", "")
-        return (
-            f"no nvcc was found{home and f' in CUDA_HOME={home}'}: install the CUDA toolkit, or set CUDA_HOME",
-            [],
-            "",
-        )
+        place = f" in CUDA_HOME={os.environ['CUDA_HOME']}" if os.environ.get("CUDA_HOME") else ""
+        return f"no nvcc was found{place}: install the CUDA toolkit, or set CUDA_HOME", [], ""
     archs, left_out = cuda_archs()
     return None if archs else f"not built: none of the GPU architectures is supported: {left_out}", archs, left_out
 
