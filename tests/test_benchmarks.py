@@ -149,6 +149,19 @@ def test_peer_that_cannot_run_says_why() -> None:
     assert report.is_failure({"note": "failed: RuntimeError: out of memory"})
 
 
+def test_a_gpu_has_columns_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Launches, Python's time and a graph's replay, where they were measured."""
+    from rich.console import Console
+
+    records = made_up(SMALL)
+    report.print_case(Console(width=160), SMALL, records)
+    assert "replay" not in capsys.readouterr().out
+    on_gpu = [r | {"launches": 11, "host_us": 128.0, "replay_ms": 0.4321} for r in records]
+    report.print_case(Console(width=160), SMALL, on_gpu)
+    printed = capsys.readouterr().out
+    assert "replay" in printed and "11.0" not in printed and " 11 " in printed and "0.432" in printed
+
+
 def test_growth_is_fitted() -> None:
     """Time made up to be linear in what grows is; memory as the gradients grow, which is not at all with the output."""
     records = [r for case in cases.suites("cpu")["scaling"] for r in made_up(case)]

@@ -18,7 +18,7 @@ EXPLANATION = (
     "beginning with a step that is not counted. GB/s: bytes that must move, by both passes. Percent: of a copy's bytes "
     "per second, and of the exponentials per second that this machine reached in the best of the rounds (one is needed "
     "for each exit, channel and output pixel, at least). Peak: memory above the inputs. A half is computed under "
-    "autocast."
+    "autocast. On a GPU also: launches of a step, Python's time to enqueue it, its time as a CUDA graph replays it."
 )
 FEW = 0.1  # by which growth may differ from linear
 
@@ -44,7 +44,8 @@ def list_suites(console: Console, suites: Mapping[str, Sequence[Case]]) -> None:
 def print_case(console: Console, case: Case, records: Sequence[Record]) -> None:
     """A table with a row for each peer; below it what must move, and the notes."""
     table = _table("", "fwd\nms", "bwd\nms", "both\nms", "20-80 %\nms", "x\nfused", "\nGB/s", "of a\ncopy", "of\nexp")
-    for heading in ("peak\nMiB", "x\ngrads"):
+    on_gpu = any(record["launches"] for record in records)
+    for heading in ("peak\nMiB", "x\ngrads", *(("launch-\nes", "Python\nus", "replay\nms") if on_gpu else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     table.title = title(case)
     table.caption = budget(case, records)
@@ -62,6 +63,11 @@ def print_case(console: Console, case: Case, records: Sequence[Record]) -> None:
             f"{record['percent_of_exp']:.0f} %",
             "-" if record["peak_bytes"] is None else _short(record["peak_bytes"] / 2**20),
             _short(record["peak_over_gradients"], 2),
+            *(
+                (_short(record["launches"], 0), *(_short(record[k]) for k in ("host_us", "replay_ms")))
+                if on_gpu
+                else ()
+            ),
             style="bold" if record["peer"] == FUSED else "",
         )
     console.print(table)

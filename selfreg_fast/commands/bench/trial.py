@@ -23,17 +23,19 @@ from ..measure import (
     sample_seconds,
 )
 from .cases import DTYPES, FUSED, LIGER, REFERENCE, Case
+from .enqueue import enqueued
 from .peers import ANOTHER_VALUE, IGNORE, CannotRun, Peer, build
 
 Record = dict[str, Any]  # one line of the CSV file: a peer in a case
 
+MOST_SETS = 64
 PHASES = ("prepare", "forward", "backward", "both")  # what is prepared is part of the forward
 COLUMNS = (
     "suite case terms exits shape size dtype layout autocast temperature axis at peer".split()
     + [f"{phase}_ms{suffix}" for phase in PHASES for suffix in ("", "_p20", "_p80")]
     + "times_fused bytes_to_move gb_per_s copy_gb_per_s percent_of_copy".split()
     + "exponentials gexp_per_s exp_gexp_per_s percent_of_exp limit percent_of_limit".split()
-    + "gradient_bytes peak_bytes peak_over_gradients loss note".split()
+    + "gradient_bytes peak_bytes peak_over_gradients launches host_us replay_ms loss note".split()
 )
 
 
@@ -100,7 +102,9 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
         repeats: rounds in which all peers take turns.
         advance: called now and then, `steps(case, repeats)` times if no peer fails.
     """
-    made, labels = make_inputs(case, device, max(2, math.ceil(cache_bytes(device) / (case.exits * case.exit_bytes))))
+    # As many as fill the caches; of tiny ones not as many, for their time is not memory's.
+    sets = min(max(2, math.ceil(cache_bytes(device) / (case.exits * case.exit_bytes))), MOST_SETS)
+    made, labels = make_inputs(case, device, sets)
     records = {name: describe(case, name) for name in case.peers}
     with torch.no_grad():
         expected = build(REFERENCE, case, device).loss(made[0], labels).item()
@@ -143,6 +147,11 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
         if (peak := peaks[name]) is not None:
             record |= {"peak_bytes": peak, "peak_over_gradients": round(peak / case.gradient_bytes, 3)}
         record["note"] = remark(record, expected)
+        if device == "cuda" and "compiled" not in name:  # a compiled one may have graphs of its own
+            try:
+                record |= enqueued(trials[name], sets)
+            except Exception as error:
+                record["note"] = f"failed in a CUDA graph: {say(error)}"
     return list(records.values())
 
 
