@@ -10,7 +10,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
 
-.PHONY: demo test install lint matrix wheel clean bench-results bench-readme bench-compare
+.PHONY: demo test install lint matrix rehearsal wheel clean bench-results bench-readme bench-compare
 
 # The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
 demo: install
@@ -58,6 +58,10 @@ lint: install
 # Every way to install, in fresh environments; ARGS=--download: with torch of other versions, gigabytes of it.
 matrix: install
 	$(BIN)/python tests/matrix.py $(ARGS)
+
+# What .ci/gpu would do on a GPU, without one: .ci/README.md.
+rehearsal: install
+	PYTHON=$(abspath $(BIN))/python .ci/gpu --rehearse out/rehearsal $(ARGS)
 
 # What can be published: an archive of the sources, and the wheel built from it, for the oldest Linux that it runs on.
 # Torch's library, which the kernels call, stays where it is.

@@ -23,8 +23,6 @@ PROFILE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 WITHOUT_TARGET = [phase for phase in Phase if phase != Phase.target]  # which is a search for larger errors
 settings.register_profile("ci", max_examples=200, derandomize=True, phases=WITHOUT_TARGET, **PROFILE)
 settings.register_profile("long", max_examples=10_000, **PROFILE)
-# On a GPU Triton compiles for every other set of options.
-settings.register_profile("gpu", settings.get_profile("ci"), max_examples=15)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

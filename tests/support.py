@@ -358,6 +358,27 @@ def share_of_bound(
     return worst
 
 
+def share_where_rounded(
+    exits: Sequence[Tensor],
+    actual: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    added: Sequence[Tensor],
+    size: Sequence[int],
+    temperature: float,
+    positions: bool,
+) -> float:
+    """share_of_bound with leeway where logits are rounded on their way: divided by tau, or interpolated.
+
+    `positions`: what they are interpolated at is rounded, too, as it is by the reference, relative to itself, so that
+    an element beside a pixel may have part in it.
+    """
+    largest = max((z.abs().max().item() for z in exits if z.numel()), default=0.0)
+    if positions:
+        largest *= max(*size, *(d for z in exits for d in z.shape[2:]))
+        added = [added[0], *(m.amax((2, 3), keepdim=True) if m.numel() else m for m in added[1:])]
+    return share_of_bound(actual, exact, added, exits[0].dtype, 1 + largest / 16 * max(1, 1 / temperature))
+
+
 # ------------------------------------------------------------------------------------------------------ combinations
 
 

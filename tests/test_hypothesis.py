@@ -27,6 +27,7 @@ from support import (
     make_labels,
     make_pixel_weight,
     share_of_bound,
+    share_where_rounded,
     upstream,
     value_and_gradients,
 )
@@ -164,7 +165,7 @@ def _share_of_bound(
     exact: list[Tensor],
     added: list[Tensor],
 ) -> float:
-    """That of support.py, with leeway where logits are rounded on their way: divided by tau, or interpolated.
+    """That of support.py, with its leeway where logits are rounded on their way.
 
     Kernels divide differences of logits, and interpolate at exact positions. The reference does not, so that float64
     cannot be told better.
@@ -172,12 +173,8 @@ def _share_of_bound(
     sizes, exactly = case["sizes"], backend.fused and case["dtype"] != torch.float64
     if exactly and not sizes:
         return share_of_bound(actual, exact, added, case["dtype"])
-    largest = max((z.abs().max().item() for z in exits if z.numel()), default=0.0)
-    if sizes and not exactly:
-        # Positions are rounded, relative to themselves, so that an element beside a pixel may have part in it.
-        largest *= max(map(max, [*sizes, case["shape"][1:]]))
-        added = [added[0], *(m.amax((2, 3), keepdim=True) if m.numel() else m for m in added[1:])]
-    return share_of_bound(actual, exact, added, case["dtype"], 1 + largest / 16 * max(1, 1 / case["temperature"]))
+    positions = bool(sizes) and not exactly
+    return share_where_rounded(exits, actual, exact, added, case["shape"][1:], case["temperature"], positions)
 
 
 def _decided(case: Case, teachers: list[Tensor]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ SHAPE = (2, 21, 33, 47)
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(backend: Backend) -> None:
-    if backend.device != "cuda":
+    if backend.device != "cuda" and os.environ.get("SELFREG_REHEARSAL") != "1":
         pytest.skip(f"{backend.name}: its kernels run on the CPU here")
 
 
@@ -61,6 +62,20 @@ def _step(
     """[loss, gradients of factor * loss]: a training step."""
     out = srf.self_regulation_loss(exits, labels, temperature=2.0, backend=backend.name, **options)
     return [out.total.detach(), *torch.autograd.grad(out.total * factor, exits)]
+
+
+def _captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the step, and what the step returned, which a replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch asks of a capture: what is set up in a first call is set up
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which runs nothing
+        result = step()
+    return graph, result
 
 
 def _assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -112,15 +127,7 @@ def test_graph_capture_and_replay(backend: Backend, layout: str, dtype: torch.dt
     """A captured step, replayed on new values, gives what an eager step gives on them."""
     exits, labels = _inputs(dtype=dtype, layout=layout)
     factor = torch.tensor(3.0, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as torch asks of a capture: what is set up in a first call is set up
-        for _ in range(3):
-            _step(backend, exits, labels, factor)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _step(backend, exits, labels, factor)
+    graph, captured = _captured(lambda: _step(backend, exits, labels, factor))
     for seed in (7, 8):
         fresh = make_exits(3, SHAPE, dtype=dtype, layout=layout, device="cuda", seed=seed)
         with torch.no_grad():
@@ -154,15 +161,7 @@ def test_a_captured_training_step(backend: Backend) -> None:
         return step
 
     eager, step = map(trained, networks)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which runs nothing
-        step()
+    graph, _ = _captured(step)
     for _ in range(3):
         eager()
     for new_images, new_labels in zip(batches, targets, strict=True):
@@ -352,7 +351,10 @@ def test_more_elements_than_32_bits_count(backend: Backend, layout: str) -> None
 
 
 def test_autocast_and_gradient_scaler(backend: Backend) -> None:
-    """float16 exits and a loss scaled by 2^16: every step is taken, and the first gradients are those of float32."""
+    """float16 exits and a scaled loss: every step is taken, and the first gradients are those of float32.
+
+    Their largest is 0.88, which 2^16 times would be just below float16's largest number: the scale is less.
+    """
     torch.manual_seed(0)
     network = Network(stride=1).cuda()
     x = torch.randn(2, 3, 256, 256, device="cuda")
@@ -362,7 +364,7 @@ def test_autocast_and_gradient_scaler(backend: Backend) -> None:
         reference.self_regulation_loss(network(x), labels, temperature=2.0).total, list(network.parameters())
     )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**14)
     losses = []
     for step in range(5):
         optimizer.zero_grad()
@@ -378,7 +380,7 @@ def test_autocast_and_gradient_scaler(backend: Backend) -> None:
         scaler.step(optimizer)
         scaler.update()
         losses.append(loss.item())
-    assert scaler.get_scale() == 2.0**16, "a step was skipped: its gradients were not finite"
+    assert scaler.get_scale() == 2.0**14, "a step was skipped: its gradients were not finite"
     assert losses[-1] < losses[0]
 
 

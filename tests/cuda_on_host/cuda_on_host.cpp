@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -349,6 +350,7 @@ void Worker::OrderBlock() {
 struct Engine {
   std::mutex one_at_a_time;  // launches, and changes of what they read
   std::map<const void*, size_t> shared_bytes_allowed;
+  std::set<const void*> launched;
   Worker workers[kWorkers];
 };
 Engine& engine = *new Engine;  // for ever: a process may end in one thread while another launches
@@ -411,6 +413,7 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const v
   const auto allowed = engine.shared_bytes_allowed.find(kernel);
   if (config.dynamicSmemBytes > (allowed == engine.shared_bytes_allowed.end() ? kSharedBytes : allowed->second))
     return cudaErrorInvalidValue;
+  engine.launched.insert(kernel);
 
   if constexpr (kWorkers == 1) {
     engine.workers[0].RunBlocks(0, config, thread);
@@ -424,3 +427,12 @@ cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const v
 }
 
 }  // namespace cuda_on_host
+
+// For ctypes: which kernels were launched so far. Writes up to `room` of them, and returns how many there are.
+extern "C" __attribute__((visibility("default"))) size_t cuda_on_host_launched(const void** kernels, size_t room) {
+  const std::lock_guard<std::mutex> lock(cuda_on_host::engine.one_at_a_time);
+  size_t count = 0;
+  for (const void* kernel : cuda_on_host::engine.launched)
+    if (count++ < room) *kernels++ = kernel;
+  return count;
+}
