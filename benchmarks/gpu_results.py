@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def measured(counters: list[Row], case: str, dtype: str, backend: str) -> dict[s
             key = "main_ms" if MAIN.search(row["kernel"]) else "others_ms"
             found[key] = found.get(key, 0.0) + float(row["value"]) / 1e3
         else:
-            found[row["metric"]] = float(row["value"] or "nan")
+            found[row["metric"]] = _number(row["value"])
     return found
 
 
@@ -75,14 +76,26 @@ def beside(counters: list[Row], counted: list[Row]) -> Table:
     return table
 
 
+def _number(text: str) -> float:
+    """NaN for what could not be counted."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} %"
 
 
 def merged(bench: list[Row]) -> list[Row]:
-    """Peers are measured in several passes, each beside the fused loss: its first line stands."""
-    first = {tuple(row[k] for k in ("suite", "case", "dtype", "layout", "peer")): row for row in reversed(bench)}
-    return [row for row in bench if row in first.values()]
+    """Peers are measured in several passes, each beside the fused loss: its first line with figures stands."""
+    chosen: dict[tuple[str, ...], Row] = {}
+    for row in bench:
+        key = tuple(row[k] for k in ("suite", "case", "dtype", "layout", "peer"))
+        if key not in chosen or (row["both_ms"] and not chosen[key]["both_ms"]):
+            chosen[key] = row
+    return list(chosen.values())
 
 
 def write(out: Path, checks: Row, root: Path) -> list[Path]:
@@ -90,6 +103,8 @@ def write(out: Path, checks: Row, root: Path) -> list[Path]:
     name = re.sub(r"[^a-z0-9]+", "-", checks["device"].lower()).strip("-")
     results = root / "benchmarks" / "results"
     (results / "gpu").mkdir(parents=True, exist_ok=True)
+    for old in results.glob(f"{name}-*.png"):  # a run that was cut off has fewer figures
+        old.unlink()
     written = [results / "gpu" / f"{name}.json"]
     written[0].write_text(json.dumps(checks, indent=1) + "\n")
     tables = (

@@ -17,7 +17,7 @@ from typing import Any
 import on_host
 import pytest
 import torch
-from on_gpu import ROOT, ncu, sanitize
+from on_gpu import ROOT, install, ncu, sanitize
 from on_gpu.__main__ import BUDGET, Report
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: .ci/gpu itself tells more")
@@ -91,11 +91,12 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 def test_files_are_whole_after_every_line(tmp_path: Path) -> None:
     """Checks, rows and tests as they come, among lines that mean nothing."""
-    report = Report(tmp_path, {"commit": "abc", "device": "a device", "torch": "2.0"})
+    report = Report(tmp_path, {"commit": "abc", "device": "a device", "torch": "2.0"}, 0)
     report.checks["stages"]["s"] = {"checks": []}
     rows = {"bench": {"case": "a, b", "ms": 1.0}, "counter": {"case": "x", "value": 2}}
     lines = [f"@{kind} {json.dumps(row)}" for kind, row in rows.items()] * 2
     lines += ["@check " + json.dumps({"name": "c", "passed": True}), "# told", "noise", ""]
+    lines += ["@check {} and what another program printed", "@triton.jit", '@bench {"other": 1}']
     test = {"name": "f.py::t", "outcome": "failed", "seconds": 1, "text": "E\x1b[31m wrong"}
     lines += ["@test " + json.dumps(test), "@test " + json.dumps({**test, "outcome": "passed"})]
     for line in lines:
@@ -106,6 +107,22 @@ def test_files_are_whole_after_every_line(tmp_path: Path) -> None:
     assert (tmp_path / "counters.csv").read_text().splitlines()[1] == "abc,a device,2.0,x,2"
     assert len(ET.parse(tmp_path / "tests.xml").getroot()) == 2
     assert (tmp_path / "report.txt").read_text() == "   told\n" and "noise" in (tmp_path / "output.log").read_text()
+
+
+def test_a_wheel_of_these_sources_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever builds and imports leave among them, which does not travel; and a changed one is noticed."""
+    for folder in ("csrc/cuda", "csrc/__pycache__", "selfreg_fast"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("csrc/cuda/x.cu", "selfreg_fast/a.py", "setup.py", "pyproject.toml"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "PACKED", tmp_path / "packed.json")
+    (tmp_path / "packed.json").write_text(json.dumps({"commit": "abc", "sources": install.sources()}))
+    for name in ("csrc/__pycache__/toolchain.cpython-311.pyc", "selfreg_fast/_C.abi3.so", "selfreg_fast/_build.json"):
+        (tmp_path / name).write_text(name)
+    assert install.packed()["commit"] == "abc"
+    (tmp_path / "csrc/cuda/x.cu").write_text("changed")
+    assert install.packed() == {}
 
 
 def test_all_stages_fit_into_ten_minutes() -> None:

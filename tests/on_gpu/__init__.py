@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ REHEARSAL = os.environ.get("SELFREG_REHEARSAL") == "1"  # there is no GPU: prete
 
 def say(text: str) -> None:
     """A line for the report."""
-    print(f"\n# {text}", flush=True)
+    _print(f"# {text}")
 
 
 def emit(kind: str, **record: Any) -> None:
@@ -27,7 +28,13 @@ def emit(kind: str, **record: Any) -> None:
     It is printed at once, so that nothing is lost when the process is killed; on a line of its own, whatever pytest has
     begun to print.
     """
-    print(f"\n@{kind} {json.dumps(record)}", flush=True)
+    _print(f"@{kind} {json.dumps(record)}")
+
+
+def _print(line: str) -> None:
+    """In one piece: others print to the same pipe."""
+    sys.stdout.flush()
+    os.write(sys.stdout.fileno(), f"\n{line}\n".encode())
 
 
 def counted(

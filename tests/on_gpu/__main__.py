@@ -39,24 +39,30 @@ class Stage(NamedTuple):
 
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-PARTS = 4  # Triton's cases are compiled by as many processes
+PARTS = min(12, len(os.sched_getaffinity(0)))  # processes that go through cases: the processor has much to do for them
+
+
+def _in_parts(backend: str) -> tuple[str, ...]:
+    return tuple(f"cases {backend} --part {k}/{PARTS}" for k in range(1, PARTS + 1))
+
+
 # What each may take, in the order in which they tell most; what one leaves, the next ones have. In all: BUDGET.
 STAGES = {
     "install": Stage(
         60, "the package, and one call of each dtype and layout", (("install SITE",), ("cases cuda --first",))
     ),
-    "cases": Stage(45, "every way through the CUDA kernels, against float64", (("cases cuda",),)),
+    "cases": Stage(45, "every way through the CUDA kernels, against float64", (_in_parts("cuda"),)),
     "sanitizers": Stage(
         95, "memory, races, barriers, uninitialised reads", (tuple(f"sanitize {tool} cuda" for tool in TOOLS),)
     ),
-    "timing": Stage(115, "times of the README's cases", (("timing eager",),)),
-    "counters": Stage(65, "what the main kernels do", (("counters cuda",), ("ncu",))),
+    "timing": Stage(105, "times of the README's cases", (("timing eager",),)),
+    "counters": Stage(75, "what the main kernels do", (("ncu",), ("counters cuda",))),
     "tests": Stage(60, "tests/test_on_gpu.py, CUDA", (("run_tests cuda",),)),
     "triton": Stage(
         100,
         "Triton's kernels: cases, times, tests, memory",
         (
-            tuple(f"cases triton --part {k}/{PARTS}" for k in range(1, PARTS + 1)),
+            _in_parts("triton"),
             ("timing triton",),
             ("counters triton",),
             ("run_tests triton", "sanitize memcheck triton"),
@@ -71,9 +77,9 @@ BUILDING = 240  # seconds for the first stage where there is no wheel
 class Report:
     """The files in OUT. Only this process writes them: a line at a time, or whole and renamed."""
 
-    def __init__(self, out: Path, about: Record) -> None:
+    def __init__(self, out: Path, about: Record, begin: float) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.begin = out, time.monotonic()
+        self.out, self.begin = out, begin
         for name in ("bench.csv", "counters.csv", "tests.xml"):
             (out / name).unlink(missing_ok=True)
         self.text, self.log = (out / "report.txt").open("w"), (out / "output.log").open("w")
@@ -94,14 +100,17 @@ class Report:
                 print(f"{time.monotonic() - self.begin:6.1f} {program}: {line}", file=self.log, flush=True)
             return
         kind, _, text = line[1:].partition(" ")
-        record = json.loads(text)
-        if kind == "check":
-            self.checks["stages"][stage]["checks"].append(record)
-            self.write_checks()
-        elif kind == "test":
-            self.add_test(record)
-        else:
-            self.add_row(kind, record)
+        try:
+            record = json.loads(text)
+            if kind == "check":
+                self.checks["stages"][stage]["checks"].append(record)
+                self.write_checks()
+            elif kind == "test":
+                self.add_test(record)
+            else:
+                self.add_row(kind, record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # what another program printed into it
+            print(f"{program}: {line}\n{type(error).__name__}: {error}", file=self.log, flush=True)
 
     def write_checks(self) -> None:
         _replace(self.out / "checks.json", json.dumps(self.checks, indent=1) + "\n")
@@ -110,6 +119,8 @@ class Report:
         if kind == "counter":
             record = {key: self.checks.get(key) for key in ("commit", "device", "torch")} | record
             kind = "counters"
+        if kind not in ("bench", "counters"):
+            raise ValueError(f"there is no table of {kind}")
         if kind not in self.tables:
             file = (self.out / f"{kind}.csv").open("w", newline="")
             self.tables[kind] = file, csv.DictWriter(file, list(record), lineterminator="\n")
@@ -141,7 +152,7 @@ def _replace(path: Path, text: str) -> None:
 
 class Runner:
     def __init__(self, report: Report, site: Path, seconds: float, rehearsal: bool) -> None:
-        self.report, self.site, self.end = report, site, time.monotonic() + seconds
+        self.report, self.site, self.end = report, site, report.begin + seconds
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         before = os.environ.get("PYTHONPATH")
         # The installed package comes before the source tree, which has no kernels but holds `benchmarks`.
@@ -158,20 +169,22 @@ class Runner:
 
     def run(self, name: str, stage: Stage, seconds: float) -> str:
         """A stage, row after row; its state: "passed", "failed", or "out of time"."""
-        end, state = min(time.monotonic() + seconds, self.end), "passed"
-        for row in stage.rows:
-            found = self.row(name, row, end)
-            state = next((s for s in ("failed", "out of time") if s in (found, state)), "passed")
-            if found == "out of time" or (found == "failed" and name == "install"):
+        end, states = min(time.monotonic() + seconds, self.end), []
+        for number, row in enumerate(stage.rows, 1):
+            now = time.monotonic()
+            if "failed" in states and name == "install":
                 break
-        return state
+            if now >= end:
+                self.report.say(f"   not run: {', '.join(row)}")
+                states.append("out of time")
+                continue
+            # A row leaves the others half of what there is.
+            states.append(self.row(name, row, end if number == len(stage.rows) else now + (end - now) / 2))
+        return next((s for s in ("failed", "out of time") if s in states), "passed")
 
     def row(self, stage: str, programs: tuple[str, ...], end: float) -> str:
         """Runs programs side by side and listens to all of them."""
-        if time.monotonic() >= end:
-            return "out of time"
-        running, states = selectors.DefaultSelector(), []
-        started = []
+        running, states, started = selectors.DefaultSelector(), [], []
         for program in programs:
             command = [sys.executable, "-m", *shlex.split(f"on_gpu.{program.replace('SITE', str(self.site))}")]
             process = subprocess.Popen(
@@ -182,14 +195,18 @@ class Runner:
             running.register(process.stdout, selectors.EVENT_READ, (program, process, bytearray()))
         try:
             while running.get_map() and (left := end - time.monotonic()) > 0:
-                for key, _ in running.select(left):
+                ready = {key.fd for key, _ in running.select(min(left, 1))}
+                for key in list(running.get_map().values()):
                     program, process, rest = key.data
-                    read = os.read(key.fd, 1 << 16)
-                    rest += read
-                    *lines, rest[:] = rest.split(b"\n")
-                    for line in lines + ([bytes(rest)] if not read else []):
-                        self.report.heard(stage, program, line.decode(errors="replace"))
-                    if not read:
+                    read = b""
+                    if key.fd in ready:
+                        read = os.read(key.fd, 1 << 16)
+                        rest += read
+                        *lines, rest[:] = rest.split(b"\n")
+                        for line in lines + ([bytes(rest)] if not read else []):
+                            self.report.heard(stage, program, line.decode(errors="replace"))
+                    # It is over when it is silent and has ended: what it started may keep its output open.
+                    if not read and (key.fd in ready or process.poll() is not None):
                         running.unregister(key.fileobj)
                         states.append(self.ended(program, process.wait()))
             for key in running.get_map().values():
@@ -221,7 +238,7 @@ def _die_with_parent() -> None:
 def ask(*command: str) -> str:
     """What a command prints; "" where it fails."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -239,7 +256,8 @@ def about(rehearsal: bool) -> Record:
         "'torch': torch.__version__, 'cuda': torch.version.cuda, "
         "'triton': __import__('triton').__version__ if f('triton') else None}))"
     )
-    found: Record = json.loads((ask(sys.executable, "-c", code).splitlines() or ["{}"])[-1])
+    found: Record = {"device": None}
+    found |= json.loads((ask(sys.executable, "-c", code).splitlines() or ["{}"])[-1])
     if rehearsal:
         found["device"] = "no GPU: a rehearsal"
     driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
@@ -259,10 +277,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="in all; default: %(default)s")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: see .ci/README.md")
     options = parser.parse_args()
+    begin = time.monotonic()
     if importlib.util.find_spec("torch") is None:
         parser.error(f"{sys.executable} has no torch; another Python: PYTHON=... .ci/gpu OUT")
     stages = {name: stage for name, stage in STAGES.items() if name in options.stages or name == "install"}
-    report = Report(options.out.resolve(), about(options.rehearse))
+    report = Report(options.out.resolve(), about(options.rehearse), begin)
     head = report.checks
     report.say(f"selfreg_fast at commit {head['commit']}{' with changes' if head['dirty'] else ''}, {head['date']}")
     report.say(f"{head['device']}, torch {head.get('torch')}, triton {head.get('triton')}, driver {head['driver']}")

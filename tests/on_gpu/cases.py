@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **RARE,
 }
 # On a GPU, rows are multiplied until an exit has about so many elements: more tiles than blocks run at a time.
-ELEMENTS = 1 if REHEARSAL else 4_000_000
+ELEMENTS = 1 if REHEARSAL else 2_000_000
 
 
 class Case(NamedTuple):
@@ -283,7 +283,8 @@ def main() -> int:
     failed, worst, begin = 0, (0.0, "none"), time.monotonic()
     for number, case in enumerate(cases, options.after + 1):
         print(case.name, flush=True)  # before it is computed: it may be the last one
-        few = options.first or options.tiny
+        # Of float64's resized exits, what the reference rounds grows with the number of rows.
+        few = options.first or options.tiny or (case.own and case.dtype == "float64")
         rows = max(1, ELEMENTS // (2 * case.channels * case.size[0] * case.size[1])) | 1  # odd: widths stay as they are
         start = time.monotonic()
         try:
@@ -300,8 +301,10 @@ def main() -> int:
             if options.first:
                 return 1
             if gpu_is_lost():
-                say("and no call works after it: the other cases go on in a new process")
-                again = [sys.executable, "-m", "on_gpu.cases", options.backend, *["--tiny"] * options.tiny]
+                say("and no call works after it" + ("" if options.tiny else ": the other cases go on in a new process"))
+                if options.tiny:  # which would go on without its sanitizer
+                    return 1
+                again = [sys.executable, "-m", "on_gpu.cases", options.backend]
                 done = subprocess.run([*again, "--part", options.part, "--after", str(number)])
                 return done.returncode or 1
     if not options.tiny:

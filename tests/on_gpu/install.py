@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ QUIET = ["-q", "--disable-pip-version-check"]
 
 def sources() -> str:
     """A hash of what the package is built from."""
-    files = [*(ROOT / "csrc").rglob("*.[ch]*"), *(ROOT / "csrc").glob("*.py"), *(ROOT / "selfreg_fast").rglob("*.py")]
+    files = [f for folder in ("csrc", "selfreg_fast") for f in (ROOT / folder).rglob("*.*")]
+    files = [f for f in files if f.suffix in (".h", ".cpp", ".cu", ".py")]  # and not what a build or an import leaves
     state = hashlib.sha256()
     for file in sorted(files + [ROOT / "setup.py", ROOT / "pyproject.toml"]):
         state.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
@@ -59,6 +61,8 @@ def install(site: Path) -> bool:
     """Whether the package is there afterwards, with kernels that load."""
     without_network = ["--no-index", "--find-links", str(WHEELS), "--no-deps", "--target", str(site)]
     missing = [name for module, name in {**NEEDED, **WELCOME}.items() if importlib.util.find_spec(module) is None]
+    if int(version("setuptools").split(".")[0]) < 77:  # to build with
+        missing.append("setuptools")
     for name in missing:
         if WHEELS.is_dir() and run([*PIP, "install", *QUIET, *without_network, name]) == 0:
             say(f"{name}: from wheels/")
@@ -108,20 +112,23 @@ def _path(site: Path) -> str:
 
 def pack(arch: str = "9.0") -> int:
     """Fills wheels/: the package for GPUs of compute capability `arch`, and what a Python 3.12 may lack."""
-    WHEELS.mkdir(exist_ok=True)
-    for old in WHEELS.glob("*"):
-        old.unlink()
     variables = {"SELFREG_FAST_BUILD": "1", "SELFREG_FAST_CUDA": "1", "SELFREG_FAST_CUDA_ARCHS": arch}
     there = ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
     there += [f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_27", "_2_17", "2014", "_2_12", "2010", "1")]
-    names = [*NEEDED.values(), *WELCOME.values()]
+    names = [*NEEDED.values(), *WELCOME.values(), "setuptools"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not commit or changed:
+        print(f"what is measured has to be of a commit: commit first\n{changed}")
+        return 1
+    WHEELS.mkdir(exist_ok=True)
+    for old in WHEELS.glob("*"):
+        old.unlink()
     if run([*PIP, "wheel", *QUIET, "--no-deps", "--wheel-dir", str(WHEELS), str(ROOT)], **variables):
         return 1
     if run([*PIP, "download", *QUIET, "--no-deps", *there, "--dest", str(WHEELS), *names]):
         return 1
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    PACKED.write_text(json.dumps({"commit": commit, "dirty": bool(changed), "arch": arch, "sources": sources()}) + "\n")
+    PACKED.write_text(json.dumps({"commit": commit, "dirty": False, "arch": arch, "sources": sources()}) + "\n")
     size = sum(file.stat().st_size for file in WHEELS.iterdir())
     print(f"wheels/: {size / 2**20:.1f} MiB; carry it with the checkout")
     return 0

@@ -23,8 +23,8 @@ OURS = re.compile(r"selfreg|(?:exit_rows|exit_blocks|axes|collect|count|norms|fi
 
 
 def command(tool: str, backend: str) -> list[str]:
-    options = [f"--tool={tool}", "--error-exitcode=9", "--print-limit=50", "--show-backtrace=device"]
-    options += ["--target-processes=application-only"]
+    options = [f"--tool={tool}", "--error-exitcode=9", "--print-limit=1000", "--show-backtrace=device"]
+    options += ["--target-processes=application-only", "--launch-timeout=0", "--destroy-on-device-error=kernel"]
     if tool == "memcheck":  # torch asks CUDA for what it may not have, and goes on: no error of a kernel
         options += ["--report-api-errors=no"]
     return ["compute-sanitizer", *options, sys.executable, "-m", "on_gpu.cases", backend, "--tiny"]

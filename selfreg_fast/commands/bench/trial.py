@@ -22,8 +22,8 @@ from ..measure import (
     peak_bytes,
     sample_seconds,
 )
+from . import enqueue
 from .cases import DTYPES, FUSED, LIGER, REFERENCE, Case
-from .enqueue import enqueued
 from .peers import ANOTHER_VALUE, IGNORE, CannotRun, Peer, build
 
 Record = dict[str, Any]  # one line of the CSV file: a peer in a case
@@ -58,6 +58,7 @@ class Trial:
 
     def backward(self) -> None:
         torch.autograd.backward(self.value)
+        self.value = self.value.detach()  # no graph outlives its step, or it could not be captured by another
 
     def finish(self) -> None:
         """Frees the gradients, so that the next ones are allocated afresh; takes the next inputs."""
@@ -120,6 +121,7 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
             record["note"] = f"failed: {say(error)}"
         else:
             record["loss"] = trial.value.item()
+            del trial
             trials[name] = Trial(peer, case, itertools.cycle(made), labels)
         advance()
     if device == "cuda":
@@ -148,8 +150,10 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
             record |= {"peak_bytes": peak, "peak_over_gradients": round(peak / case.gradient_bytes, 3)}
         record["note"] = remark(record, expected)
         if device == "cuda" and "compiled" not in name:  # a compiled one may have graphs of its own
+            record["launches"] = enqueue.launches(trials[name])
+            record["host_us"] = round(1e6 * enqueue.host_seconds(trials[name]), 1)
             try:
-                record |= enqueued(trials[name], sets)
+                record["replay_ms"] = round(1e3 * enqueue.replay_seconds(trials[name], sets), 4)
             except Exception as error:
                 record["note"] = f"failed in a CUDA graph: {say(error)}"
     return list(records.values())
