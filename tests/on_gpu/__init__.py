@@ -33,8 +33,8 @@ def emit(kind: str, **record: Any) -> None:
 
 def _print(line: str) -> None:
     """In one piece: others print to the same pipe."""
+    sys.stdout.write(f"\n{line}\n")
     sys.stdout.flush()
-    os.write(sys.stdout.fileno(), f"\n{line}\n".encode())
 
 
 def counted(
