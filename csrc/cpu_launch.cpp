@@ -155,7 +155,7 @@ struct ResizeTables {
       to.most_columns = std::max<int64_t>(to.most_columns, count[segment]);
     }
     for (int64_t y = 0; y < launch.H; ++y) {  // wherever a row of tiles begins: every band begins with one
-      const int64_t last = std::min(y + plan.tile_rows, launch.H) - 1;
+      const int64_t last = std::min(y + (plan.block_rows ? plan.block_rows : plan.tile_rows), launch.H) - 1;
       to.held_rows = std::max(to.held_rows, to.rows.high(last) - to.rows.low[y] + 1);
     }
     if (!gradient) return;
@@ -168,6 +168,19 @@ struct ResizeTables {
 bool is_resized(const ExitLoss& launch, const View& exit) { return exit.H != launch.H || exit.W != launch.W; }
 
 // ---- plan ----------------------------------------------------------------------------------------------------------
+
+// Whether small_exits.cpp will do. It keeps nothing at the output's resolution, and so has no maps of losses, no argmax
+// and nothing for teachers that learn; of larger exits its sums would be no smaller, and where a position has more
+// pixels, they would lose digits.
+bool are_small(const ExitLoss& launch) {
+  const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
+  // Of one class, gradients are to be exactly 0, not a small difference.
+  if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;
+  return std::all_of(launch.exits, launch.exits + launch.N, [&](const View& v) {
+    const int64_t pixels = launch.H * launch.W / std::max<int64_t>(1, v.H * v.W);
+    return is_resized(launch, v) && v.H <= launch.H && v.W <= launch.W && pixels <= 1 << 14;
+  });
+}
 
 void cut(const ExitLoss& launch, Plan& plan) {
   int64_t most = tile_pixels(launch, plan.pixels);
@@ -183,6 +196,14 @@ void cut(const ExitLoss& launch, Plan& plan) {
   most = std::min(most, kPixels);
   auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   plan.images = launch.B, plan.height = launch.H, plan.width = launch.W;
+  if (are_small(launch)) {  // bands are not cut further
+    plan.block_rows = launch.C <= 64 ? 8 : 4;
+    plan.tile_columns = plan.width, plan.tiles_across = plan.tiles_down = 1;
+    plan.tile_rows = parts(plan.height, std::min(plan.height, parts(kBands, plan.images)));
+    plan.bands = parts(plan.height, plan.tile_rows);
+    plan.tiles = plan.images * plan.bands;
+    return;
+  }
   plan.tile_columns = parts(plan.width, parts(plan.width, std::min(kColumns, most)));
   plan.tiles_across = parts(plan.width, plan.tile_columns);
   plan.tile_rows = std::clamp<int64_t>(most / plan.tile_columns, 1, plan.height);
@@ -247,7 +268,8 @@ void cpu_launch(const ExitLoss& launch) {
   const int64_t tile = plan.tile_rows * plan.tile_columns * plan.tiles_down * plan.tiles_across;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tile * launch.C * launch.N));
   share_out(plan.images * plan.bands, grain, [&](int64_t begin, int64_t end) {
-    return kernels().run(launch, plan, begin, end, partial.data());
+    const auto run = plan.block_rows ? kernels().run_small_exits : kernels().run;
+    return run(launch, plan, begin, end, partial.data());
   });
   for (int e = 0; e < launch.N; ++e) {
     if (!resizes[e].needed || !launch.grads[e].data || plan.bands == 1) continue;

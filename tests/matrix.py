@@ -262,12 +262,12 @@ class Matrix:
         variables = {"SELFREG_FAST_TORCH": self.packages()[0], "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
         expect(run(command, CXX=cxx, **variables))
         (wheel,) = wheels.glob("*-linux_aarch64.whl")
-        (kernels,) = self.tree.glob(f"build/aarch64-{cxx}-*/exit_loss-baseline.o")
+        kernels = map(str, self.tree.glob(f"build/aarch64-{cxx}-*/*-baseline.o"))
         flags = f"-std=c++17 -O2 -static -pthread -I{self.tree}/tests/cpu_without_torch -I{self.tree}/csrc".split()
         programs = [self.tree / "tests/cpu_without_torch/launches.cpp", self.tree / "csrc/cpu_launch.cpp"]
-        here = ["-DSELFREG_ISA=baseline", "-fopenmp-simd", "-Wno-psabi", f"{self.tree}/csrc/cpu/exit_loss.cpp"]
+        here = ["-DSELFREG_ISA=baseline", "-fopenmp-simd", "-Wno-psabi", *map(str, self.tree.glob("csrc/cpu/*.cpp"))]
         values = []
-        for compiler, emulated, objects in (("g++", [], here), (cxx, [emulator], [str(kernels)])):
+        for compiler, emulated, objects in (("g++", [], here), (cxx, [emulator], kernels)):
             program = str(self.folder / f"launches-{compiler}")
             expect(run([compiler, *flags, *map(str, programs), *objects, "-o", program]))
             values.append(

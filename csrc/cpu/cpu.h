@@ -1,5 +1,5 @@
-// The CPU backend's inner interface: cpu_launch.cpp plans and splits the work, cpu/exit_loss.cpp, compiled once for
-// each instruction set, does it.
+// The CPU backend's inner interface: cpu_launch.cpp plans and splits the work; cpu/small_exits.cpp or, where that does
+// not have what is asked for, cpu/exit_loss.cpp does it, both compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,9 @@
 
 // Into every caller: a copy for one instruction set must not serve another's.
 #define SELFREG_CPU_INLINE inline __attribute__((always_inline))
+// NAME_avx2 and the like.
+#define SELFREG_PASTE(a, b) a##b
+#define SELFREG_NAME(a, b) SELFREG_PASTE(a, b)
 
 namespace selfreg {
 
@@ -54,6 +57,7 @@ struct Plan {
   int64_t images, height, width;                   // of what is cut
   int64_t tile_rows, tile_columns;                 // at most
   int64_t bands, tiles_down, tiles_across, tiles;  // bands of an image, tiles of a band, tiles in all
+  int64_t block_rows;                              // of small_exits.cpp; 0: exit_loss.cpp does it
   bool stream;                                     // write gradients past the caches
   double norm[2];         // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
   const Resize* resizes;  // [N], or null: no exit is resized
@@ -66,9 +70,22 @@ struct CpuKernels {
   // These two may throw nothing. They return how many bytes of scratch could not be had: 0, or nothing is done.
   // Phases 1 and 2 over bands [begin, end) of all images; each tile's sums go to partial[tile][T + 1][N].
   int64_t (*run)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
+  int64_t (*run_small_exits)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
   // Adds up the rows of exit e's gradient that bands share, of images [begin, end).
   int64_t (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
 };
+
+// The power of exp(y / tau) that exp(y) is, where it is small; else 0.
+SELFREG_CPU_INLINE int small_integer(double tau) {
+  return tau == 1 ? 1 : tau == 2 ? 2 : tau == 3 ? 3 : tau == 4 ? 4 : 0;
+}
+
+#define SELFREG_RUN(isa) \
+  int64_t SELFREG_NAME(run_small_exits_, isa)(const ExitLoss&, const Plan&, int64_t, int64_t, double*)
+SELFREG_RUN(baseline);
+SELFREG_RUN(avx2);
+SELFREG_RUN(avx512);
+#undef SELFREG_RUN
 
 const CpuKernels& cpu_kernels_baseline();
 const CpuKernels& cpu_kernels_avx2();

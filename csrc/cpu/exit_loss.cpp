@@ -1,5 +1,6 @@
-// The exit-loss matrix on the CPU. Compiled once for each instruction set (SELFREG_ISA names it); everything but the
-// entry point is in an anonymous namespace, and no inline function of another header that a linker might share is used.
+// The exit-loss matrix on the CPU, but for what small_exits.cpp does. Compiled once for each instruction set, which
+// SELFREG_ISA names; everything but the entry point is in an anonymous namespace, and no inline function of another
+// header that a linker might share is used.
 //
 // A tile is a block of pixels with all channels, channel rows contiguous, so that a vector holds pixels and no
 // reduction over channels crosses lanes. Per tile:
@@ -60,8 +61,6 @@ SELFREG_ALWAYS void for_runs(const View& v, const Runs& runs, const ExitLoss& la
     i += count;
   }
 }
-
-int small_integer(double tau) { return tau == 1 ? 1 : tau == 2 ? 2 : tau == 3 ? 3 : tau == 4 ? 4 : 0; }
 
 // ---- one thread's work -----------------------------------------------------------------------------------------
 
@@ -1094,7 +1093,7 @@ int64_t join_as(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64
   const int64_t bytes = plan.resizes[e].columns.size * L.C * int64_t(sizeof(A));
   A* const sum = static_cast<A*>(malloc(bytes));
   if (!sum) return bytes;
-  for (int64_t image = begin; image < end; ++image) Resizer<A>::join(L, plan, e, image, sum);
+  for (int64_t image = begin; image < end; ++image) join_rows(L, plan, e, image, sum);
   free(sum);
   return 0;
 }
@@ -1110,15 +1109,14 @@ int64_t join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int6
 
 }  // namespace
 
-#define SELFREG_PASTE(a, b) a##b
-#define SELFREG_NAME(a, b) SELFREG_PASTE(a, b)
 #define SELFREG_TEXT(a) #a
 #define SELFREG_STRING(a) SELFREG_TEXT(a)
 
 namespace selfreg {
 
 const CpuKernels& SELFREG_NAME(cpu_kernels_, SELFREG_ISA)() {
-  static constexpr CpuKernels kernels{SELFREG_STRING(SELFREG_ISA), count_any, run_any, join_any};
+  static constexpr CpuKernels kernels{SELFREG_STRING(SELFREG_ISA), count_any, run_any,
+                                      SELFREG_NAME(run_small_exits_, SELFREG_ISA), join_any};
   return kernels;
 }
 

@@ -1,5 +1,6 @@
 // Exits of another size than the output's: bilinear interpolation of a tile's logits, and the way back of its gradient.
-// No tensor of the output's size exists; a tile's interpolated logits live in cache and are gone when it is done.
+// No tensor of the output's size exists; a tile's interpolated logits live in cache and are gone when it is done. It is
+// for larger exits, for full-size exits among others, and for what small_exits.cpp has not.
 //
 // Why so. A tile is many rows high, so that the work at the exit's own resolution is shared: its rows are read once a
 // tile, interpolated vertically at their own width, and only then spread. On the way back the rows of a tile between
@@ -19,18 +20,13 @@
 #pragma once
 
 #include "cpu.h"
+#include "gradient_rows.h"
 #include "storage.h"
 #include "vec.h"
 
 namespace {
 
 using namespace selfreg;
-
-// Where w is 0 the other one does not matter, be it infinite or NaN.
-template <class A>
-SELFREG_ALWAYS A between(A a, A b, A w) {
-  return w == 0 ? a : (1 - w) * a + w * b;
-}
 
 // One resized exit in the hands of one worker, which goes through bands, and in each from tile to tile.
 template <class A>
@@ -65,9 +61,8 @@ class Resizer {
   void begin_band(int64_t image_, int64_t y0, int64_t y1) {
     image = image_, begin = y0, end = y1;
     if (!sums) return;
-    const int64_t low = R->rows.low[y0];
-    next = y0 == 0 ? 0 : R->rows.high(y0 - 1) + 1 < low ? R->rows.high(y0 - 1) + 1 : low;
-    held = low;
+    next = first_row(*R, y0);
+    held = R->rows.low[y0];
     memset(sums, 0, R->held_rows * R->columns.size * pixel * sizeof(A));
   }
 
@@ -147,41 +142,16 @@ class Resizer {
   void end_tiles_across(int64_t y) {
     if (!sums) return;
     const Axis& axis = R->rows;
-    const int64_t row = R->columns.size * pixel, last = axis.high(y - 1);
-    const int64_t until = y < end ? axis.low[y] : y < L->H ? last + 1 : axis.size;
-    for (; next < until; ++next) finish(next, next <= last && next >= held ? sums + (next - held) * row : nullptr);
+    const int64_t row = R->columns.size * pixel, last = axis.high(y - 1), until = rows_until(*L, *R, y, end);
+    for (; next < until; ++next) {
+      const A* const sum = next <= last && next >= held ? sums + (next - held) * row : nullptr;
+      write_gradient(*L, *plan, int(exit - L->exits), image, begin, end, next, sum, pixel);
+    }
     if (y == end) return;
     const int64_t kept = last - until + 1 > 0 ? last - until + 1 : 0;
     if (kept) memmove(sums, sums + (until - held) * row, kept * row * sizeof(A));
     memset(sums + kept * row, 0, (R->held_rows - kept) * row * sizeof(A));
     held = until;
-  }
-
-  // The rows that bands of an image share, added up from top to bottom.
-  static void join(const ExitLoss& L, const Plan& plan, int e, int64_t image, A* sum) {
-    const Axis& axis = plan.resizes[e].rows;
-    const int64_t width = plan.resizes[e].columns.size, row = width * L.C;
-    const int64_t band = plan.tiles_down * plan.tile_rows;
-    auto shares = [&](int64_t y, int64_t i) { return i <= axis.high(y - 1) && i >= axis.low[y]; };
-    for (int64_t y = band; y < L.H; y += band) {
-      for (int64_t i = axis.low[y]; i <= axis.high(y - 1); ++i) {
-        if (y > band && shares(y - band, i)) continue;  // done, from the first border it crosses
-        if (shared_slots(L) == 2) {
-          const View& grad = L.grads[e];
-          const A* const from = static_cast<const A*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
-          for (int64_t x = 0; x < width; ++x)
-            for (int64_t c = 0; c < L.C; ++c) sum[x * L.C + c] = from[x * grad.stride_w + c * grad.stride_c];
-        } else {
-          memcpy(sum, slot(L, plan, e, image, y, 2 + i - axis.low[y - 1]), row * sizeof(A));
-        }
-        for (int64_t border = y; border < L.H && shares(border, i); border += band) {
-          const A* const more = slot(L, plan, e, image, border, i - axis.low[border]);
-#pragma omp simd
-          for (int64_t k = 0; k < row; ++k) sum[k] += more[k];
-        }
-        write(L, L.grads[e], image, i, width, sum, L.C);
-      }
-    }
   }
 
  private:
@@ -302,49 +272,6 @@ class Resizer {
     }
     add(column, left);
     if (column + 1 < size) add(column + 1, right);
-  }
-
-  // Row i of the exit, complete as far as this band goes: sum[w][pixel], or null for zeros.
-  void finish(int64_t i, const A* sum) const {
-    const Axis& axis = R->rows;
-    const int64_t width = R->columns.size;
-    A* to = nullptr;
-    if (begin > 0 && i <= axis.high(begin - 1)) {
-      to = slot(*L, *plan, int(exit - L->exits), image, begin, i - axis.low[begin]);
-    } else if (end < L->H && i >= axis.low[end] && shared_slots(*L) > 2) {
-      to = slot(*L, *plan, int(exit - L->exits), image, end, 2 + i - axis.low[end - 1]);
-    }
-    if (!to) return write(*L, *grad, image, i, width, sum, pixel);
-    for (int64_t x = 0; x < width; ++x) memcpy(to + x * C, sum + x * pixel, C * sizeof(A));
-  }
-
-  // Room for a row that is shared across the border before output row y, for what the band below (0, 1) and, if it may
-  // not be rounded to the gradient's dtype yet, the band above (2, 3) adds to it.
-  static A* slot(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t y, int64_t number) {
-    const int64_t border = image * (plan.bands - 1) + y / (plan.tiles_down * plan.tile_rows) - 1;
-    return static_cast<A*>(plan.resizes[e].shared) +
-           (border * shared_slots(L) + number) * plan.resizes[e].columns.size * L.C;
-  }
-
-  static void write(const ExitLoss& L, const View& grad, int64_t image, int64_t i, int64_t width, const A* sum,
-                    int64_t step) {
-    if constexpr (sizeof(A) == 8) {
-      write_as<double>(L, grad, image, i, width, sum, step);
-    } else {
-      switch (L.dtype) {
-        case DType::float32: write_as<float>(L, grad, image, i, width, sum, step); break;
-        case DType::float16: write_as<Half>(L, grad, image, i, width, sum, step); break;
-        default: write_as<BFloat>(L, grad, image, i, width, sum, step);
-      }
-    }
-  }
-  template <class S>
-  static void write_as(const ExitLoss& L, const View& grad, int64_t image, int64_t i, int64_t width, const A* sum,
-                       int64_t step) {
-    S* const to = static_cast<S*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
-    for (int64_t c = 0; c < L.C; ++c)
-      for (int64_t x = 0; x < width; ++x)
-        convert(to[c * grad.stride_c + x * grad.stride_w], sum ? sum[x * step + c] : A(0));
   }
 };
 

@@ -73,20 +73,36 @@ SELFREG_ALWAYS VecF larger(VecF a, VecF b) {
 }
 SELFREG_ALWAYS VecD larger(VecD a, VecD b) { return a > b ? a : b; }
 
-// 2^(x * rate) for rate > 0 and x * rate <= 127; 0 below -126.5 (so also at -inf), NaN for NaN, exactly 1 at 0,
-// relative error 9e-8. The sum with 1.5 * 2^23 rounds to an integer n in the low bits; a polynomial does the rest on
-// [-1/2, 1/2].
-SELFREG_ALWAYS VecF exp2_of(VecF x, float rate) {
-  const float magic = 12582912.f;
-  x = larger(fill<VecF>(-127.f / rate), x);
-  const VecF rounded = x * rate + magic, n = rounded - magic, f = x * rate - n;
+// 2^f for f in [-1/2, 1/2], relative error 9e-8.
+SELFREG_ALWAYS VecF exp2_of_fraction(VecF f) {
   VecF p = f * 1.3264727e-3f + 9.6715127e-3f;
   p = p * f + 5.5507337e-2f;
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314698e-1f;
-  p = p * f + 1.f;
-  const VecI power = ((VecI)rounded + 127) << 23;  // casts between vectors keep the bits
+  return p * f + 1.f;
+}
+
+// 2^(x * rate) for rate > 0 and x * rate <= 127; 0 below -126.5 (so also at -inf), NaN for NaN, exactly 1 at 0,
+// relative error 9e-8. The sum with 1.5 * 2^23 + 127 rounds to an integer n + 127 in the low bits, the exponent of 2^n.
+SELFREG_ALWAYS VecF exp2_of(VecF x, float rate) {
+  const float magic = 12582912.f + 127;
+  x = larger(fill<VecF>(-127.f / rate), x);
+  const VecF rounded = x * rate + magic, n = rounded - magic, f = x * rate - n;
+  const VecF p = exp2_of_fraction(f);
+  const VecI power = (VecI)rounded << 23;  // casts between vectors keep the bits
   return p * (VecF)power;
+}
+
+// 2^x for finite x <= 0, likewise; what is smaller than the smallest normal number may be that or 0.
+SELFREG_ALWAYS VecF exp2_below_1(VecF x) {
+#if defined(__AVX512F__)
+  x = larger(fill<VecF>(-126.f), x);
+  const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
+  const VecF p = exp2_of_fraction(f);
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return exp2_of(x, 1.f);
+#endif
 }
 
 // log2 of a positive normal number, NaN otherwise: the exponent, plus log(1 + f) = 2 artanh(f / (2 + f)) of the
@@ -112,6 +128,7 @@ SELFREG_ALWAYS VecD exp2_of(VecD x, double rate) {
   const VecL power = ((VecL)rounded + 1023) << 52;
   return p * (VecD)power;
 }
+SELFREG_ALWAYS VecD exp2_below_1(VecD x) { return exp2_of(x, 1.); }
 // Once a pixel, not once an element.
 SELFREG_ALWAYS VecD log2(VecD x) {
   for (int k = 0; k < kVecBytes / 8; ++k) x[k] = x[k] > 0 ? __builtin_log2(x[k]) : __builtin_nan("");

@@ -1,0 +1,116 @@
+// The exponentials of a block of an exit, and their sums.
+#pragma once
+
+#include "exit_lines.h"
+
+namespace {
+
+// What becomes of x = y / ln 2, or of y / (tau ln 2): of a student (ONE: exp(y), TWO: exp(y / tau)), or of a teacher,
+// whose target is made of u = exp(y / tau), of which exp(y) is a POWER (0: none of them).
+template <class V, class A, bool ONE, bool TWO>
+struct Student {
+  static constexpr bool kNeedsFirst = ONE;  // whether its first sum is divided by, or taken the logarithm of
+  V *e1, *e2;
+  A other;  // what x is multiplied by for the second
+  template <class Exp2>
+  SELFREG_ALWAYS void put(int64_t at, V x, V& Z1, V& Z2, Exp2 exp2) const {
+    if constexpr (ONE) {
+      const V e = exp2(x);
+      e1[at] = e, Z1 += e;
+    }
+    if constexpr (TWO) {
+      const V e = exp2(ONE ? x * other : x);
+      e2[at] = e, Z2 += e;
+    }
+  }
+};
+template <class V, class A, int POWER>
+struct Teaching {
+  static constexpr bool kNeedsFirst = POWER != 1;
+  V* u;
+  A tau;
+  template <class Exp2>
+  SELFREG_ALWAYS void put(int64_t at, V x, V& Z, V& Q, Exp2 exp2) const {
+    const V e = exp2(x);
+    u[at] = e, Q += e;
+    if constexpr (POWER > 1) Z += power_of<POWER>(e);
+    if constexpr (POWER == 0) Z += exp2(x * tau);
+  }
+};
+
+// Blocks are [C, frame.apart].
+template <class A>
+struct Exponentials {
+  using V = typename VecOf<A>::V;
+  using VInt = typename VecOf<A>::VInt;
+  static constexpr int kLanes = sizeof(V) / sizeof(A);
+
+  V (*columns)[2];  // [C] of a span
+  V* y;             // with care
+
+  void lay_out(Memory& m, const Frame<A>& frame) {
+    columns = m.template take<V[2]>(frame.C);
+    y = m.template take<V>(frame.C * frame.apart);
+  }
+
+  // Hands y of block b, times `scale` / ln 2, to `job`, whose sums go to Z1 and Z2; what y is taken less of to `less`.
+  template <class Job>
+  void take(const Frame<A>& frame, const PixelWeights<A>& pixels, const ExitLines<A>& lines, int64_t b, A scale,
+            const Job job, V* Z1, V* Z2, V* less) {
+    // Where tau is small, exp(y / tau) underflows sooner than what tells.
+    if (!lines.odd && frame.L.temperature >= 1) {
+      for (int s = 0; s < lines.size->count; ++s) {
+        const Span& span = lines.size->spans[s];
+        lines.spread(span, b, scale, columns);
+        over_groups(span, [&](auto group, int r) {
+          rows<group.value>(frame, job, lines.size->down + r, r, Z1, Z2);
+        });
+      }
+      VInt small{};
+      for (int r = 0; r < frame.rows; ++r) small |= (Job::kNeedsFirst ? Z1 : Z2)[r] < fill<V>(A(1e-12));
+      for (int r = 0; r < frame.rows; ++r) less[r] = V{};
+      if (!any(small)) return;
+    }
+    with_care(frame, pixels, lines, b, scale, job, Z1, Z2, less);
+  }
+
+ private:
+  template <int G, class Job>
+  void rows(const Frame<A>& frame, const Job job, const A* weights, int r, V* Z1, V* Z2) const {
+    const int64_t apart = frame.apart;
+    const V(*const from)[2] = columns;
+    V first[G] = {}, second[G] = {}, weight[G];
+    for (int g = 0; g < G; ++g) weight[g] = fill<V>(weights[g]);
+    for (int c = 0, C = frame.C; c < C; ++c) {
+      const V above = from[c][0], step = from[c][1];
+      for (int g = 0; g < G; ++g)
+        job.put(c * apart + r + g, above + weight[g] * step, first[g], second[g],
+                [](V x) { return exp2_below_1(x); });
+    }
+    for (int g = 0; g < G; ++g) Z1[r + g] = first[g], Z2[r + g] = second[g];
+  }
+
+  // The same where numbers are not finite, or maxima far apart. Pixels that do not count have y = 0.
+  template <class Job>
+  void with_care(const Frame<A>& frame, const PixelWeights<A>& pixels, const ExitLines<A>& lines, int64_t b, A scale,
+                 const Job job, V* Z1, V* Z2, V* less) const {
+    const A* const counted = pixels.counted(frame.L);
+    for (int s = 0; s < lines.size->count; ++s) {
+      const Span& span = lines.size->spans[s];
+      for (int r = span.begin; r < span.end; ++r)
+        for (int c = 0; c < frame.C; ++c)
+          for (int k = 0; k < kLanes; ++k)
+            y[c * frame.apart + r][k] =
+                counted[frame.at(r, b) + k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
+    }
+    for (int r = 0; r < frame.rows; ++r) {
+      V most = y[r];
+      for (int c = 1; c < frame.C; ++c) most = larger(y[c * frame.apart + r], most);
+      Z1[r] = Z2[r] = V{}, less[r] = most * A(kLn2);
+      for (int64_t at = r; at < frame.C * frame.apart; at += frame.apart)
+        job.put(at, (y[at] - most) * scale, Z1[r], Z2[r], [](V x) { return exp2_of(x, A(1)); });
+    }
+  }
+};
+
+}  // namespace

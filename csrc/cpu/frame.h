@@ -1,0 +1,84 @@
+// Where a worker of small_exits.cpp is, and what all of its parts know.
+#pragma once
+
+#include <string.h>
+
+#include "cpu.h"
+#include "vec.h"
+
+namespace {
+
+using namespace selfreg;
+
+constexpr int kMostRows = 8;  // of any block
+
+template <class A>
+struct Frame {
+  using V = typename VecOf<A>::V;
+  static constexpr int kLanes = sizeof(V) / sizeof(A);
+
+  const ExitLoss& L;
+  const Plan& plan;
+  int C;
+  A smoothing, class_w_sum;  // what label smoothing gives to a class of weight 1; the sum of the weights
+  int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next
+  int64_t apart;             // in a block, vectors from a channel to the next: as many as a block may have rows
+  int64_t image, y0, y1;     // the band: output rows [y0, y1)
+  int64_t top;               // the tile's first row
+  int rows;                  // how many it has
+
+  Frame(const ExitLoss& launch, const Plan& plan) : L(launch), plan(plan), C(int(launch.C)) {
+    smoothing = L.labels ? A(L.label_smoothing / C) : A(0);
+    class_w_sum = 0;
+    for (int c = 0; smoothing != 0 && c < C; ++c) class_w_sum += class_weight(c);
+    blocks = (plan.width + kLanes - 1) / kLanes;
+    apart = plan.block_rows;
+    pitch = (C + (smoothing != 0) + kLanes - 1) / kLanes * kLanes;
+  }
+  A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
+  // The first of block b's pixels in row r of a map of the tile.
+  int64_t at(int r, int64_t b) const { return (r * blocks + b) * kLanes; }
+};
+
+// Counts memory, or hands it out.
+struct Memory {
+  char* begin;  // null: it is only counted
+  int64_t used;
+  template <class X>
+  X* take(int64_t n) {
+    char* const at = begin ? begin + used : nullptr;
+    used += (n * int64_t(sizeof(X)) + 63) / 64 * 64;
+    return reinterpret_cast<X*>(at);
+  }
+};
+
+// Rows [begin, end) of a tile lie between rows `low` and low + 1 of an exit; `both`: some of them on the latter, too.
+struct Span {
+  int begin, end;
+  int64_t low;
+  bool both;
+};
+
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+// A span's rows in groups, whose sums stay in registers.
+template <class F>
+SELFREG_ALWAYS void over_groups(const Span& span, F f) {
+  int r = span.begin;
+  if (r + 8 <= span.end) f(Number<8>{}, r), r += 8;
+  if (r + 4 <= span.end) f(Number<4>{}, r), r += 4;
+  if (r + 2 <= span.end) f(Number<2>{}, r), r += 2;
+  if (r < span.end) f(Number<1>{}, r);
+}
+
+template <class VInt>
+SELFREG_ALWAYS bool any(VInt x) {
+  uint64_t words[kVecBytes / 8], some = 0;
+  memcpy(words, &x, kVecBytes);
+  for (uint64_t word : words) some |= word;
+  return some != 0;
+}
+
+}  // namespace
