@@ -56,7 +56,8 @@ def build(mode: str = "plain") -> Path:
     flags = ["-std=c++17", *shlex.split(FLAGS[mode]), "-fPIC", "-fvisibility=hidden", "-pthread", f"-I{SHIM}"]
     flags += ["-DSELFREG_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_root}/include"]
     state = hashlib.sha256(repr((flags, torch.__version__, _printed(["g++", "--version"]))).encode())
-    for file in sorted(f for folder in (ROOT / "csrc", SHIM) for f in folder.rglob("*") if f.is_file()):
+    sources = (f for folder in (ROOT / "csrc", SHIM) for f in folder.rglob("*"))
+    for file in sorted(f for f in sources if f.suffix in (".h", ".cpp", ".cu")):  # and not what an import leaves there
         state.update(f"{file}\0".encode() + file.read_bytes())
     folder = ROOT / "build" / f"cuda_on_host-{mode}-{state.hexdigest()[:16]}"
     library = folder / "library.so"
