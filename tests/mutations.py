@@ -336,8 +336,9 @@ def build(tree: Path) -> None:
 
     flags = "-std=c++17 -O1 -march=native -fPIC -shared -fopenmp-simd -fno-math-errno -fno-trapping-math -Wno-psabi"
     command = ["g++", *flags.split(), "-Icsrc", "-DSELFREG_ISA=baseline", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-isystem{torch.__path__[0]}/include", *map(str, sorted((tree / "csrc").glob("*.cpp")))]
-    command += [str(tree / CPU), f"-L{torch.__path__[0]}/lib", "-ltorch_cpu", "-o", "selfreg_fast/_C.abi3.so"]
+    sources = sorted(f for folder in ("csrc", "csrc/cpu") for f in (tree / folder).glob("*.cpp"))
+    command += [f"-isystem{torch.__path__[0]}/include", *map(str, sources)]
+    command += [f"-L{torch.__path__[0]}/lib", "-ltorch_cpu", "-o", "selfreg_fast/_C.abi3.so"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
