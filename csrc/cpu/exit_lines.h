@@ -66,6 +66,7 @@ struct ExitLines {
   }
   // Whether something is not finite.
   bool less_maxima(A* to) const {
+    clear_beyond(to);
     VInt found{};
     for (int64_t x = 0; x < exit->W; x += kLanes) {
       V most = load<V>(to + x);
@@ -76,9 +77,12 @@ struct ExitLines {
         found |= less - less != V{};
       }
     }
+    clear_beyond(to);
+    return any(found);
+  }
+  void clear_beyond(A* to) const {
     for (int c = 0; c < C; ++c)
       for (int64_t x = exit->W; x < line; ++x) to[c * line + x] = 0;
-    return any(found);
   }
 
   // A span in block b, at the output's columns, times `scale`: to[c] = {on the row above, the step to the one below}.

@@ -62,8 +62,10 @@ struct ExitSums {
 
   void place_columns(const Frame<A>& frame) {
     const Axis& axis = resize->columns;
+    for (int64_t c = C; c < pitch; ++c) above[c] = below[c] = V{};
     for (int64_t b = 0; b < frame.blocks; ++b) {
       first[b] = axis.low[b * kLanes];
+      wide[b] = false;
       for (int64_t x = b * kLanes; x < (b + 1) * kLanes; ++x) {
         const bool there = x < frame.plan.width;
         column[x] = Int(axis.low[there ? x : frame.plan.width - 1] - first[b]);

@@ -31,6 +31,7 @@ struct PixelWeights {
     for (int r = 0; r < at.rows; ++r) {
       const int64_t pixel = (at.image * L.H + at.top + r) * L.W, to = at.at(r, 0);
       for (int64_t x = 0; x < L.W; ++x) soft[to + x] = weight ? weight[pixel + x] : A(1);
+      for (int64_t x = to + L.W; x < at.at(r + 1, 0); ++x) soft[x] = labelled[x] = hot[x] = mass[x] = 0, label[x] = 0;
       if (!L.labels) continue;
       switch (L.label_type) {
         case LabelType::uint8: read_labels(at, static_cast<const uint8_t*>(L.labels) + pixel, to); break;

@@ -55,7 +55,6 @@ class SmallExits {
     memory = static_cast<char*>(aligned_alloc(64, counted.used));
     missing = memory ? 0 : counted.used;
     if (!memory) return;
-    memset(memory, 0, counted.used);
     Memory taken{memory, 0};
     lay_out(taken);
     over_sizes([&](ExitSums<A>& size) { size.place_columns(frame); });
