@@ -88,6 +88,42 @@ def test_readme_is_written_and_checked(readme: ModuleType, results: Path) -> Non
     assert len(readme.problems(root)) == 1 + len(readme.FIGURES)
 
 
+def test_what_a_gpu_measured_becomes_results(
+    monkeypatch: pytest.MonkeyPatch, results: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A run of .ci/gpu on a commit: each peer's first line with figures, README, pictures. Of no commit: nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu_results = importlib.import_module("gpu_results")
+    root, out = results.parents[2], tmp_path / "out"
+    out.mkdir()
+    with results.open(newline="") as file:
+        rows = [row | {"device": "NVIDIA H999"} for row in csv.DictReader(file)]
+    results.unlink()
+    failed = [row | {"both_ms": "", "note": "failed: made up"} for row in rows[:1]]
+    with (out / "bench.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(failed + rows + rows[:1])
+    counter = {"case": "objective, 5 exits", "dtype": "float32", "backend": "cuda", "kernel": "exit_loss_kernel"}
+    times = {"source": "profiler", "metric": "duration", "unit": "us", "value": 819.4}
+    counted = {"source": "ncu", "metric": "smsp__issue_active.avg.pct_of_peak_sustained_active", "value": "n/a"}
+    with (out / "counters.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*counter, *times])
+        writer.writeheader()
+        writer.writerows([counter | times, counter | counted])
+    checks = {"commit": "abc", "dirty": True, "rehearsal": False, "device": "NVIDIA H999", "stages": {}}
+    (out / "checks.json").write_text(json.dumps(checks))
+    assert gpu_results.main([str(out)], root) == 1 and not list(results.parent.glob("nvidia*"))
+    (out / "checks.json").write_text(json.dumps(checks | {"dirty": False}))
+    assert gpu_results.main([str(out)], root) == 0
+    assert "0.8194" in capsys.readouterr().out  # in ms, beside what was counted
+    with (results.parent / "nvidia-h999.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert sorted(map(str, written)) == sorted(map(str, rows))
+    assert "NVIDIA H999" in (root / "README.md").read_text()
+    assert (results.parent / "gpu" / "nvidia-h999.json").exists()
+
+
 def test_peer_that_failed_everywhere_leaves_the_rest(readme: ModuleType, results: Path) -> None:
     """No figures of the fused loss: an empty table, not a crash."""
     rows = [row | {"both_ms": None} for row in readme.read(results)]
