@@ -141,6 +141,7 @@ struct ResizeTables {
           count.data(),
           0,
           0,
+          0,
           nullptr};
     for (int64_t segment = 0; segment < plan.tiles_across; ++segment) {
       int32_t* const first = taken.data() + segment * plan.tile_columns * 2;
@@ -154,12 +155,16 @@ struct ResizeTables {
       count[segment] = int32_t(last - first);
       to.most_columns = std::max<int64_t>(to.most_columns, count[segment]);
     }
-    for (int64_t y = 0; y < launch.H; ++y) {  // wherever a row of tiles begins: every band begins with one
+    for (int64_t y = 0; y < launch.H; ++y) {  // wherever a row of tiles begins
       const int64_t last = std::min(y + (plan.block_rows ? plan.block_rows : plan.tile_rows), launch.H) - 1;
       to.held_rows = std::max(to.held_rows, to.rows.high(last) - to.rows.low[y] + 1);
     }
     if (!gradient) return;
-    const int64_t numbers = launch.B * (plan.bands - 1) * shared_slots(launch) * exit.W * launch.C;
+    for (int64_t band = 1; band < plan.bands; ++band) {
+      const int64_t y = plan.begins[band];
+      to.shared_rows = std::max(to.shared_rows, to.rows.high(y - 1) - to.rows.low[y] + 1);
+    }
+    const int64_t numbers = launch.B * (plan.bands - 1) * to.shared_rows * 2 * exit.W * launch.C;
     shared.resize(launch.dtype == DType::float64 ? numbers : (numbers + 1) / 2);
     to.shared = shared.data();
   }
@@ -182,13 +187,28 @@ bool are_small(const ExitLoss& launch) {
   });
 }
 
-void cut(const ExitLoss& launch, Plan& plan) {
+// Where bands of about `rows` output rows begin: with a span of the finest exit's, if those are not longer, so that none
+// is cut in two and bands share one of its rows, not two.
+std::vector<int64_t> begins_at_spans(const ExitLoss& launch, int64_t rows) {
+  const auto less = [](const View& a, const View& b) { return a.H < b.H; };
+  const View& finest = *std::max_element(launch.exits, launch.exits + launch.N, less);
+  const AxisTable axis(finest.H, launch.H, launch.align_corners);
+  const bool anywhere = finest.H * rows < launch.H;
+  std::vector<int64_t> begins{0};
+  for (int64_t y = 1; y < launch.H; ++y)
+    if (y / rows > begins.back() / rows && (anywhere || axis.low[y] != axis.low[y - 1])) begins.push_back(y);
+  begins.push_back(launch.H);
+  return begins;
+}
+
+// Returns where bands begin.
+std::vector<int64_t> cut(const ExitLoss& launch, Plan& plan) {
   int64_t most = tile_pixels(launch, plan.pixels);
   if (std::none_of(launch.exits, launch.exits + launch.N, [&](const View& v) { return is_resized(launch, v); })) {
     plan.images = plan.tiles_down = plan.tiles_across = plan.tile_rows = 1;
     plan.tile_columns = plan.width = most;
     plan.tiles = plan.bands = plan.height = (plan.pixels + most - 1) / most;
-    return;
+    return {};
   }
   // Tiles of several rows: an exit's row is shared by those that it is interpolated to, and so is the work of gathering
   // the gradient. At least 16 bands, to share out.
@@ -200,9 +220,10 @@ void cut(const ExitLoss& launch, Plan& plan) {
     plan.block_rows = launch.C <= 64 ? 8 : 4;
     plan.tile_columns = plan.width, plan.tiles_across = plan.tiles_down = 1;
     plan.tile_rows = parts(plan.height, std::min(plan.height, parts(kBands, plan.images)));
-    plan.bands = parts(plan.height, plan.tile_rows);
+    std::vector<int64_t> begins = begins_at_spans(launch, plan.tile_rows);
+    plan.bands = int64_t(begins.size()) - 1;
     plan.tiles = plan.images * plan.bands;
-    return;
+    return begins;
   }
   plan.tile_columns = parts(plan.width, parts(plan.width, std::min(kColumns, most)));
   plan.tiles_across = parts(plan.width, plan.tile_columns);
@@ -211,6 +232,10 @@ void cut(const ExitLoss& launch, Plan& plan) {
   plan.tiles_down = parts(rows_of_tiles, std::min(rows_of_tiles, parts(kBands, plan.images)));
   plan.bands = parts(rows_of_tiles, plan.tiles_down);
   plan.tiles = plan.images * plan.bands * plan.tiles_down * plan.tiles_across;
+  std::vector<int64_t> begins;
+  for (int64_t band = 0; band <= plan.bands; ++band)
+    begins.push_back(std::min(band * plan.tiles_down * plan.tile_rows, plan.height));
+  return begins;
 }
 
 // ---- phase 3 -------------------------------------------------------------------------------------------------------
@@ -252,7 +277,8 @@ void cpu_launch(const ExitLoss& launch) {
   };
   plan.norm[0] = norm(counts.label);
   plan.norm[1] = norm(counts.soft);
-  if (plan.pixels > 0) cut(launch, plan);
+  const std::vector<int64_t> begins = plan.pixels > 0 ? cut(launch, plan) : std::vector<int64_t>();
+  plan.begins = begins.empty() ? nullptr : begins.data();
   std::vector<Resize> resizes(launch.N);
   std::deque<ResizeTables> tables;
   int64_t wanted = 0;
@@ -272,8 +298,10 @@ void cpu_launch(const ExitLoss& launch) {
     return run(launch, plan, begin, end, partial.data());
   });
   for (int e = 0; e < launch.N; ++e) {
-    if (!resizes[e].needed || !launch.grads[e].data || plan.bands == 1) continue;
-    share_out(launch.B, 1, [&](int64_t begin, int64_t end) { return kernels().join(launch, plan, e, begin, end); });
+    if (!resizes[e].needed || !launch.grads[e].data) continue;
+    torch::stable::parallel_for(0, launch.B * (plan.bands - 1), 4, [&](int64_t begin, int64_t end) {
+      kernels().join(launch, plan, e, begin, end);
+    });
   }
 
   const bool is_double = launch.dtype == DType::float64;

@@ -134,10 +134,10 @@ MUTATIONS = [
         SMALLER,
     ),
     Mutation(
-        "cpu: small exits: labels are a target of the row above alone",
+        "cpu: small exits: what a span adds to the row below is lost",
         "csrc/cpu/exit_sums.h",
-        "lower[to + c] += w_low - w_low * right;",
-        "lower[to + c] += 0 * right;",
+        "s == 0 && (begins || goes_on) ? none : below;",
+        "true ? none : below;",
         "cpu",
         SMALLER,
     ),

@@ -33,15 +33,9 @@ struct Resize {
   const int32_t* count;  // [segments]: how many
   int64_t most_columns;  // the most of them
   int64_t held_rows;     // the most rows of the exit that a row of tiles lies on
-  // Rows of the gradient that two bands share: [B, bands - 1, shared_slots, w, C] of A.
-  void* shared;
+  int64_t shared_rows;   // the most that the bands at a border share, at most two
+  void* shared;          // [B, bands - 1, shared_rows, 2, w, C] of A: what the band above and the one below add to them
 };
-
-// Two rows lie across a border between bands. What the upper band adds to them needs room of its own only where the
-// gradient itself would round it.
-static SELFREG_CPU_INLINE int64_t shared_slots(const ExitLoss& launch) {
-  return launch.dtype == DType::float32 || launch.dtype == DType::float64 ? 2 : 4;
-}
 
 // A rectangle of pixels of an image.
 struct Tile {
@@ -57,6 +51,7 @@ struct Plan {
   int64_t images, height, width;                   // of what is cut
   int64_t tile_rows, tile_columns;                 // at most
   int64_t bands, tiles_down, tiles_across, tiles;  // bands of an image, tiles of a band, tiles in all
+  const int64_t* begins;                           // [bands + 1] where bands of an image begin; null: at each tile
   int64_t block_rows;                              // of small_exits.cpp; 0: exit_loss.cpp does it
   bool stream;                                     // write gradients past the caches
   double norm[2];         // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
@@ -71,8 +66,8 @@ struct CpuKernels {
   // Phases 1 and 2 over bands [begin, end) of all images; each tile's sums go to partial[tile][T + 1][N].
   int64_t (*run)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
   int64_t (*run_small_exits)(const ExitLoss&, const Plan&, int64_t begin, int64_t end, double* partial);
-  // Adds up the rows of exit e's gradient that bands share, of images [begin, end).
-  int64_t (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
+  // Adds up the rows of exit e's gradient that bands share, at borders [begin, end) of all images.
+  void (*join)(const ExitLoss&, const Plan&, int e, int64_t begin, int64_t end);
 };
 
 // The power of exp(y / tau) that exp(y) is, where it is small; else 0.

@@ -114,9 +114,9 @@ class Worker {
 
  private:
   void run(int64_t band, double* partial) {
-    const int64_t image = band / plan.bands, height = plan.tiles_down * plan.tile_rows;
-    const int64_t y0 = band % plan.bands * height, y1 = y0 + height < plan.height ? y0 + height : plan.height;
-    over_resizers([&](Resizer<A>& resizer) { resizer.begin_band(image, y0, y1); });
+    const int64_t image = band / plan.bands, number = band % plan.bands;
+    const int64_t y0 = plan.begins ? plan.begins[number] : number, y1 = plan.begins ? plan.begins[number + 1] : y0 + 1;
+    over_resizers([&](Resizer<A>& resizer) { resizer.begin_band(image, number); });
     partial += band * plan.tiles_down * plan.tiles_across * (T + 1) * N;
     for (int64_t y = y0; y < y1; y += plan.tile_rows) {
       const int64_t rows = y1 - y < plan.tile_rows ? y1 - y : plan.tile_rows;
@@ -1088,23 +1088,17 @@ PixelCounts count_any(const ExitLoss& L, int64_t begin, int64_t end) {
   return L.dtype == DType::float64 ? count<double>(L, begin, end) : count<float>(L, begin, end);
 }
 
-template <class A>
-int64_t join_as(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
-  const int64_t bytes = plan.resizes[e].columns.size * L.C * int64_t(sizeof(A));
-  A* const sum = static_cast<A*>(malloc(bytes));
-  if (!sum) return bytes;
-  for (int64_t image = begin; image < end; ++image) join_rows(L, plan, e, image, sum);
-  free(sum);
-  return 0;
-}
-
 int64_t run_any(const ExitLoss& L, const Plan& plan, int64_t begin, int64_t end, double* partial) {
   return L.dtype == DType::float64 ? run_tiles<double>(L, plan, begin, end, partial)
                                    : run_tiles<float>(L, plan, begin, end, partial);
 }
 
-int64_t join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
-  return L.dtype == DType::float64 ? join_as<double>(L, plan, e, begin, end) : join_as<float>(L, plan, e, begin, end);
+void join_any(const ExitLoss& L, const Plan& plan, int e, int64_t begin, int64_t end) {
+  for (int64_t border = begin; border < end; ++border) {
+    const int64_t image = border / (plan.bands - 1), below = border % (plan.bands - 1) + 1;
+    L.dtype == DType::float64 ? join_rows<double>(L, plan, e, image, below)
+                              : join_rows<float>(L, plan, e, image, below);
+  }
 }
 
 }  // namespace

@@ -9,10 +9,32 @@
 
 namespace {
 
+// What is added up: u^POWER of a block's exponentials u [C, apart];
 template <int POWER, class V>
-SELFREG_ALWAYS V power_of(V u) {
-  return selfreg::power<POWER>(u);
-}
+struct PowerOf {
+  const V* u;
+  int64_t apart;
+  SELFREG_ALWAYS V operator()(int c, int r) const { return selfreg::power<POWER>(u[c * apart + r]); }
+};
+// two kinds of exponentials, each times a factor of its own;
+template <class V>
+struct SumOfBoth {
+  const V *e1, *e2, *f1, *f2;
+  int64_t apart;
+  SELFREG_ALWAYS V operator()(int c, int r) const { return e1[c * apart + r] * f1[r] + e2[c * apart + r] * f2[r]; }
+};
+// the labels' target, but for the pixel's weight. Those that do not count are negative.
+template <bool SMOOTH, class A>
+struct OfLabels {
+  using V = typename VecOf<A>::V;
+  using VInt = typename VecOf<A>::VInt;
+  VInt label[kMostRows];
+  const A *hot, *rest;  // [C] of the label, of another class
+  SELFREG_ALWAYS V operator()(int c, int r) const {
+    const V other = SMOOTH ? label[r] < 0 ? V{} : fill<V>(rest[c]) : V{};
+    return label[r] == typename VecOf<A>::Int(c) ? fill<V>(hot[c]) : other;
+  }
+};
 
 // Rows are kept while tiles add to them, in a ring.
 template <class A>
@@ -24,18 +46,22 @@ struct ExitSums {
 
   const Resize* resize;
   int C, vectors;
-  int64_t width, ring, pitch, row_numbers;  // columns; rows of the ring; of a column and of a row: numbers
+  int64_t blocks;                           // of a row of the output
+  int64_t width, ring;                      // columns; rows of the ring
+  int64_t pitch, row_numbers;               // numbers of a column, of a row
   int64_t apart;                            // in a block, vectors from a channel to the next
   A *to_right, *to_left;  // [output columns] weights of the columns to the right and to the left; 0 beyond the last
   Int* column;            // [output columns] the column to the left, counted from `first`
   int32_t* first;         // [blocks] the block's first column
   bool* wide;             // [blocks] whether it lies on more columns than a vector holds
   A* sums;                // [vectors, ring, width + 1, pitch]
-  double* labels;         // [ring, width + 1, pitch] their Q, until a row is finished: pixels come one by one
-  V *above, *below;       // [pitch] a span's sums, for the exit's row above and for the one below
+  V *above, *none;        // [pitch] a span's sums for the exit's row above, at the output's columns; zeros
+  V* carried;             // [vectors, blocks, C] those for the row below: the next span, below that row, goes on with them
   int64_t opened, done;   // the first row that is not yet in the ring; that is not yet done with
+  int64_t y0, y1;         // the band
   Span spans[kMostRows];  // of the tile
   int count;
+  bool begins, goes_on, ends;  // the first span: is the band's; began in the tile above. The last is the band's
   A down[kMostRows];  // of each row of the tile: the weight of the exit's row below
 
   // The sums of `exits` gradients.
@@ -51,18 +77,19 @@ struct ExitSums {
     wide = m.template take<bool>(frame.blocks);
     vectors = targets(frame.L) + exits;
     sums = m.template take<A>(vectors * ring * row_numbers);
-    labels = frame.L.labels ? m.template take<double>(ring * row_numbers) : nullptr;
     above = m.template take<V>(pitch);
-    below = m.template take<V>(pitch);
+    none = m.template take<V>(C);
+    blocks = frame.blocks;
+    carried = m.template take<V>(vectors * blocks * C);
   }
   static int targets(const ExitLoss& L) { return L.T + (L.labels != nullptr); }
 
   A* row(int vector, int64_t i) const { return sums + (vector * ring + i % ring) * row_numbers; }
-  double* label_row(int64_t i) const { return labels + i % ring * row_numbers; }
 
   void place_columns(const Frame<A>& frame) {
     const Axis& axis = resize->columns;
-    for (int64_t c = C; c < pitch; ++c) above[c] = below[c] = V{};
+    for (int64_t c = C; c < pitch; ++c) above[c] = V{};
+    for (int c = 0; c < C; ++c) none[c] = V{};
     for (int64_t b = 0; b < frame.blocks; ++b) {
       first[b] = axis.low[b * kLanes];
       wide[b] = false;
@@ -76,14 +103,17 @@ struct ExitSums {
     }
   }
 
-  void begin_band(int64_t y) {
-    opened = resize->rows.low[y];
-    done = first_row(*resize, y);
+  void begin_band(int64_t begin, int64_t end) {
+    y0 = begin, y1 = end;
+    opened = resize->rows.low[y0];
+    done = first_row(*resize, y0);
   }
   // The spans of the tile.
   void cut(int64_t top, int rows) {
     const Axis& axis = resize->rows;
     count = 0;
+    goes_on = top > y0 && axis.low[top] == axis.low[top - 1];
+    begins = top == y0, ends = top + rows == y1 && axis.low[y1 - 1] + 1 < axis.size;
     for (int r = 0; r < rows; ++r) {
       const int64_t low = axis.low[top + r];
       if (r == 0 || low != axis.low[top + r - 1]) spans[count++] = {r, r, low, false};
@@ -97,35 +127,40 @@ struct ExitSums {
   void open(int64_t last) {
     for (; opened <= last; ++opened) {
       for (int v = 0; v < vectors; ++v) memset(row(v, opened), 0, row_numbers * sizeof(A));
-      if (labels) memset(label_row(opened), 0, row_numbers * sizeof(double));
     }
   }
 
-  // Adds factor[row] * from[c][row]^POWER of block b to a vector.
-  template <int POWER>
-  void add(int vector, int64_t b, const V* from, const V* factor) {
+  // Adds factor[row] * from(c, row) of block b to a vector: once a block, for what is carried is that of all blocks above.
+  template <class From>
+  void add(int vector, int64_t b, const From from, const V* factor) {
+    V* const below = carried + (vector * blocks + b) * C;
     for (int s = 0; s < count; ++s) {
       const Span& span = spans[s];
+      const V* const to_above = s == 0 && (begins || goes_on) ? none : below;
+      const V* const to_below = s == 0 && goes_on ? below : none;
       over_groups(span, [&](auto group, int r) {
-        add_rows<group.value, POWER>(from + r, factor + r, down + r, r == span.begin);
+        const bool first = r == span.begin;
+        add_rows<group.value>(r, from, factor, first ? to_above : above, first ? to_below : below, below);
       });
       add_columns(b, above, row(vector, span.low));
-      if (span.both) add_columns(b, below, row(vector, span.low + 1));
     }
+    if (!ends) return;
+    memcpy(above, below, C * sizeof(V));
+    add_columns(b, above, row(vector, spans[count - 1].low + 1));
   }
-  template <int G, int POWER>
-  void add_rows(const V* from, const V* factor, const A* weights, bool first) {
-    const int64_t apart = this->apart;  // a store may change a member, as far as the compiler knows
+  // Of G rows from r on, onto what is in to_above and to_below so far.
+  template <int G, class From>
+  void add_rows(int r, const From from, const V* factor, const V* to_above, const V* to_below, V* below) {
+    V* const above = this->above;  // a store may change a member, as far as the compiler knows
     V up[G], low[G];
-    for (int g = 0; g < G; ++g) low[g] = factor[g] * weights[g], up[g] = factor[g] - low[g];
-    V *const to_above = above, *const to_below = below;
-    for (int c = 0; c < C; ++c) {
-      V a = first ? V{} : to_above[c], z = first ? V{} : to_below[c];
+    for (int g = 0; g < G; ++g) low[g] = factor[r + g] * down[r + g], up[g] = factor[r + g] - low[g];
+    for (int c = 0, classes = C; c < classes; ++c) {
+      V a = to_above[c], z = to_below[c];
       for (int g = 0; g < G; ++g) {
-        const V x = power_of<POWER>(from[c * apart + g]);
+        const V x = from(c, r + g);
         a += x * up[g], z += x * low[g];
       }
-      to_above[c] = a, to_below[c] = z;
+      above[c] = a, below[c] = z;
     }
   }
   void add_columns(int64_t b, const V* of_channels, A* to) const {
@@ -151,40 +186,6 @@ struct ExitSums {
     }
   }
 
-  // Labels are targets of one class.
-  void add_labels(const Frame<A>& frame, const PixelWeights<A>& pixels, int64_t b) {
-    const int64_t x0 = b * kLanes, left = frame.plan.width - x0, columns = left < kLanes ? left : kLanes;
-    for (int s = 0; s < count; ++s) {
-      const Span& span = spans[s];
-      double* const upper = label_row(span.low) + first[b] * pitch;
-      double* const lower = label_row(span.low + span.both) + first[b] * pitch;
-      for (int r = span.begin; r < span.end; ++r)
-        for (int64_t k = 0; k < columns; ++k) {
-          const int64_t pixel = frame.at(r, b) + k, to = column[x0 + k] * pitch;
-          const double right = to_right[x0 + k], low = down[r];
-          auto put = [&](int64_t c, double w) {
-            const double w_low = w * low, w_up = w - w_low;
-            upper[to + c] += w_up - w_up * right;
-            upper[to + pitch + c] += w_up * right;
-            lower[to + c] += w_low - w_low * right;
-            lower[to + pitch + c] += w_low * right;
-          };
-          if (pixels.hot[pixel] != 0) put(pixels.label[pixel], pixels.hot[pixel]);
-          if (frame.smoothing != 0 && pixels.labelled[pixel] != 0) put(C, pixels.labelled[pixel]);
-        }
-    }
-  }
-  // With smoothing, the labels' loss gives something to all classes.
-  void finish_labels(const Frame<A>& frame, int64_t i) {
-    const double* const from = label_row(i);
-    A* const to = row(0, i);
-    for (int64_t k = 0; k < width * pitch; ++k) to[k] = A(from[k]);
-    for (int64_t x = 0; frame.smoothing != 0 && x < width; ++x) {
-      to[x * pitch + C] = 0;
-      for (int c = 0; c < C; ++c)
-        if (const A w = frame.class_weight(c)) to[x * pitch + c] += frame.smoothing * w * A(from[x * pitch + C]);
-    }
-  }
   // The sum of row i of a target times `y`, its channels together. 0 log 0 = 0.
   double dot(int target, int64_t i, const A* y) const {
     using Sums = typename VecOf<A>::Sums;

@@ -33,7 +33,7 @@ struct Teaching {
   SELFREG_ALWAYS void put(int64_t at, V x, V& Z, V& Q, Exp2 exp2) const {
     const V e = exp2(x);
     u[at] = e, Q += e;
-    if constexpr (POWER > 1) Z += power_of<POWER>(e);
+    if constexpr (POWER > 1) Z += selfreg::power<POWER>(e);
     if constexpr (POWER == 0) Z += exp2(x * tau);
   }
 };

@@ -65,56 +65,52 @@ void write_row(const ExitLoss& L, const View& grad, int64_t image, int64_t i, co
   }
 }
 
-// Room for a row that is shared across the border before output row y, for what the band below (0, 1) and, if it may
-// not be rounded to the gradient's dtype yet, the band above (2, 3) adds to it.
+// What the band above (side 0) and that below (1) add to row i, which they share: `below` is the number of the latter.
 template <class A>
-A* shared_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t y, int64_t number) {
-  const int64_t border = image * (plan.bands - 1) + y / (plan.tiles_down * plan.tile_rows) - 1;
-  return static_cast<A*>(plan.resizes[e].shared) +
-         (border * shared_slots(L) + number) * plan.resizes[e].columns.size * L.C;
+A* shared_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below, int64_t i, int side) {
+  const Resize& resize = plan.resizes[e];
+  const int64_t border = image * (plan.bands - 1) + below - 1, number = i - resize.rows.low[plan.begins[below]];
+  return static_cast<A*>(resize.shared) +
+         ((border * resize.shared_rows + number) * 2 + side) * resize.columns.size * L.C;
 }
 
-// Row i of exit e's gradient, complete as far as the band of output rows [begin, end) goes.
+// Row i of exit e's gradient, complete as far as the band goes.
 template <class A>
-void write_gradient(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t begin, int64_t end, int64_t i,
-                    const A* sum, int64_t step) {
+void write_gradient(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t band, int64_t i, const A* sum,
+                    int64_t step) {
   const Axis& axis = plan.resizes[e].rows;
+  const int64_t begin = plan.begins[band], end = plan.begins[band + 1];
   A* to = nullptr;
   if (begin > 0 && i <= axis.high(begin - 1)) {
-    to = shared_row<A>(L, plan, e, image, begin, i - axis.low[begin]);
-  } else if (end < L.H && i >= axis.low[end] && shared_slots(L) > 2) {
-    to = shared_row<A>(L, plan, e, image, end, 2 + i - axis.low[end - 1]);
+    to = shared_row<A>(L, plan, e, image, band, i, 1);
+  } else if (end < L.H && i >= axis.low[end]) {
+    to = shared_row<A>(L, plan, e, image, band + 1, i, 0);
   }
   if (!to) return write_row(L, L.grads[e], image, i, sum, step);
   if (!sum) memset(to, 0, L.grads[e].W * L.C * sizeof(A));
   for (int64_t x = 0; sum && x < L.grads[e].W; ++x) memcpy(to + x * L.C, sum + x * step, L.C * sizeof(A));
 }
 
-// The rows that bands of an image share, added up from top to bottom.
+// The rows that bands share across the border above band `below` of an image, added up from top to bottom. One that
+// lies across several borders is done at the first.
 template <class A>
-void join_rows(const ExitLoss& L, const Plan& plan, int e, int64_t image, A* sum) {
+void join_rows(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below) {
   const Axis& axis = plan.resizes[e].rows;
-  const int64_t width = plan.resizes[e].columns.size, row = width * L.C;
-  const int64_t band = plan.tiles_down * plan.tile_rows;
-  auto shares = [&](int64_t y, int64_t i) { return i <= axis.high(y - 1) && i >= axis.low[y]; };
-  for (int64_t y = band; y < L.H; y += band) {
-    for (int64_t i = axis.low[y]; i <= axis.high(y - 1); ++i) {
-      if (y > band && shares(y - band, i)) continue;  // done, from the first border it crosses
-      if (shared_slots(L) == 2) {
-        const View& grad = L.grads[e];
-        const A* const from = static_cast<const A*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
-        for (int64_t x = 0; x < width; ++x)
-          for (int64_t c = 0; c < L.C; ++c) sum[x * L.C + c] = from[x * grad.stride_w + c * grad.stride_c];
-      } else {
-        memcpy(sum, shared_row<A>(L, plan, e, image, y, 2 + i - axis.low[y - 1]), row * sizeof(A));
-      }
-      for (int64_t border = y; border < L.H && shares(border, i); border += band) {
-        const A* const more = shared_row<A>(L, plan, e, image, border, i - axis.low[border]);
+  const int64_t row = plan.resizes[e].columns.size * L.C;
+  auto shares = [&](int64_t band, int64_t i) {
+    const int64_t y = plan.begins[band];
+    return i <= axis.high(y - 1) && i >= axis.low[y];
+  };
+  const int64_t y = plan.begins[below];
+  for (int64_t i = axis.low[y]; i <= axis.high(y - 1); ++i) {
+    if (below > 1 && shares(below - 1, i)) continue;
+    A* const sum = shared_row<A>(L, plan, e, image, below, i, 0);
+    for (int64_t band = below; band < plan.bands && shares(band, i); ++band) {
+      const A* const more = shared_row<A>(L, plan, e, image, band, i, 1);
 #pragma omp simd
-        for (int64_t k = 0; k < row; ++k) sum[k] += more[k];
-      }
-      write_row(L, L.grads[e], image, i, sum, L.C);
+      for (int64_t k = 0; k < row; ++k) sum[k] += more[k];
     }
+    write_row(L, L.grads[e], image, i, sum, L.C);
   }
 }
 

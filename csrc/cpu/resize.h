@@ -58,11 +58,11 @@ class Resizer {
     for (int64_t x = 0; x < plan->width + kLanes; ++x) weight_x[x] = x < plan->width ? A(R->columns.weight[x]) : A(0);
   }
 
-  void begin_band(int64_t image_, int64_t y0, int64_t y1) {
-    image = image_, begin = y0, end = y1;
+  void begin_band(int64_t image_, int64_t number) {
+    image = image_, band = number;
     if (!sums) return;
-    next = first_row(*R, y0);
-    held = R->rows.low[y0];
+    next = first_row(*R, plan->begins[band]);
+    held = R->rows.low[plan->begins[band]];
     memset(sums, 0, R->held_rows * R->columns.size * pixel * sizeof(A));
   }
 
@@ -142,10 +142,11 @@ class Resizer {
   void end_tiles_across(int64_t y) {
     if (!sums) return;
     const Axis& axis = R->rows;
-    const int64_t row = R->columns.size * pixel, last = axis.high(y - 1), until = rows_until(*L, *R, y, end);
+    const int64_t row = R->columns.size * pixel, last = axis.high(y - 1), end = plan->begins[band + 1];
+    const int64_t until = rows_until(*L, *R, y, end);
     for (; next < until; ++next) {
       const A* const sum = next <= last && next >= held ? sums + (next - held) * row : nullptr;
-      write_gradient(*L, *plan, int(exit - L->exits), image, begin, end, next, sum, pixel);
+      write_gradient(*L, *plan, int(exit - L->exits), image, band, next, sum, pixel);
     }
     if (y == end) return;
     const int64_t kept = last - until + 1 > 0 ? last - until + 1 : 0;
@@ -167,7 +168,7 @@ class Resizer {
   A* weight_y;                     // [tile rows, 2] of the row above and of that below
   int32_t* rows;                   // [tile rows] the row above in the patch; then room to list its rows
   A* sums;  // [held rows, w, pixel] gradient of the exit's rows from `held` on; null where none is wanted
-  int64_t image, begin, end;  // the band
+  int64_t image, band;
   int64_t held, next;         // the first row in `sums`; the first that is not yet written
   Tile tile;
   const int32_t* taken;

@@ -58,6 +58,11 @@ class SmallExits {
     Memory taken{memory, 0};
     lay_out(taken);
     over_sizes([&](ExitSums<A>& size) { size.place_columns(frame); });
+    for (int c = 0; c < frame.C; ++c) {
+      const A weight = frame.class_weight(c);
+      rest[c] = frame.smoothing == 0 ? A(0) : weight * frame.smoothing;
+      hot[c] = weight * A(1 - L.label_smoothing) + rest[c];
+    }
     for (int r = 0; r <= T; ++r)
       for (int e = 0; e < N; ++e) gains[entry(r, e)] = gain(r, e);
   }
@@ -85,6 +90,7 @@ class SmallExits {
   ExitLines<A>* lines;   // [N]
   ExitSums<A>* sizes;    // [N], of which those are in use that are an exit's number and the first of their size
   Teacher<V>* teachers;  // [T]
+  A *hot, *rest;         // [C] the labels' target: of a pixel of that class, of one of another
   A* gains;              // [T + 1, N] what multiplies a loss's terms in the gradient, but for the pixel's weight
   V *e1, *e2;            // [C, frame.apart] exp(y) and exp(y / tau) of the student at hand
   Sums* logs;            // [T + 1, N] the part of the losses that has logarithms
@@ -115,6 +121,8 @@ class SmallExits {
     lines = m.template take<ExitLines<A>>(N);
     sizes = m.template take<ExitSums<A>>(N);
     teachers = m.template take<Teacher<V>>(T);
+    hot = m.template take<A>(frame.C);
+    rest = m.template take<A>(frame.C);
     gains = m.template take<A>(entries);
     logs = m.template take<Sums>(entries);
     dots = m.template take<double>(entries);
@@ -156,16 +164,16 @@ class SmallExits {
 
   void run_band(int64_t number, double* partial) {
     frame.image = number / plan.bands;
-    frame.y0 = number % plan.bands * plan.tile_rows;
-    frame.y1 = frame.y0 + plan.tile_rows < L.H ? frame.y0 + plan.tile_rows : L.H;
+    frame.band = number % plan.bands;
+    frame.y0 = plan.begins[frame.band], frame.y1 = plan.begins[frame.band + 1];
     memset(logs, 0, entry(T + 1, 0) * sizeof(Sums));
     memset(dots, 0, entry(T + 1, 0) * sizeof(double));
-    over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0); });
+    over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0, frame.y1); });
     for (frame.top = frame.y0; frame.top < frame.y1; frame.top += frame.rows) {
       begin_tile();
       for (int64_t b = 0; b < frame.blocks; ++b) {
         for (int r = 0; r < T; ++r) teach(r, b);
-        if (L.labels) over_sizes([&](ExitSums<A>& size) { size.add_labels(frame, pixels, b); });
+        if (L.labels) frame.smoothing != 0 ? add_labels<true>(b) : add_labels<false>(b);
         for (int r = T; r-- > 0;) learn(L.teachers[r], b);  // while what they taught is in cache
         for (int e = 0; e < N; ++e)
           if (teacher_number(e) < 0) learn(e, b);
@@ -224,12 +232,24 @@ class SmallExits {
     over_sizes([&](ExitSums<A>& size) {
       bool needed = false;
       for (int e = 0; e < N; ++e) needed |= lines[e].size == &size && taught(r + 1, e);
-      if (needed) size.template add<1>(vector_of(r + 1), b, t.u, q);
+      if (needed) size.add(vector_of(r + 1), b, PowerOf<1, V>{t.u, frame.apart}, q);
     });
   }
   template <int POWER>
   void target(Teacher<V>& t, int e, int64_t b) {
     exponentials.take(frame, pixels, lines[e], b, 1 / tau, Teaching<V, A, POWER>{t.u, tau}, t.Z, t.Q, t.less);
+  }
+
+  template <bool SMOOTH>
+  void add_labels(int64_t b) {
+    OfLabels<SMOOTH, A> target;
+    target.hot = hot, target.rest = rest;
+    V weight[kMostRows];
+    for (int r = 0; r < frame.rows; ++r) {
+      target.label[r] = load<typename VecOf<A>::VInt>(pixels.label + frame.at(r, b));
+      weight[r] = load<V>(pixels.labelled + frame.at(r, b));
+    }
+    over_sizes([&](ExitSums<A>& size) { size.add(0, b, target, weight); });
   }
 
   // ---- phase 2 ----
@@ -257,37 +277,42 @@ class SmallExits {
       if (second) log2_of[i] = log2(Z2[i]) * A(kLn2) + less[i] / tau;
     }
     const int64_t at = frame.at(0, b);
-    if (L.labels) add_loss(0, e, pixels.mass + at, pixels.labelled + at, frame.blocks, log1, f1);
+    if (L.labels) add_loss(0, e, pixels.mass + at, pixels.labelled + at, frame.map_row, log1, f1);
     for (int r = 1; r <= T; ++r) {
       if (!taught(r, e)) continue;
       const A* const weight = reinterpret_cast<const A*>(teachers[r - 1].weighted);
-      add_loss(r, e, weight, weight, 1, two ? log2_of : log1, two ? f2 : f1);
+      add_loss(r, e, weight, weight, kLanes, two ? log2_of : log1, two ? f2 : f1);
     }
     const int vector = lines[e].vector;
     if (vector < 0) return;
     ExitSums<A>& size = *lines[e].size;
-    if (first) {
-      for (int i = 0; i < frame.rows; ++i) f1[i] /= Z1[i];
+    for (int i = 0; i < frame.rows; ++i) {
+      if (first) f1[i] /= Z1[i];
+      if (second) f2[i] /= Z2[i];
+    }
+    if (first && second) {
+      V ones[kMostRows];
+      for (V& one : ones) one = fill<V>(A(1));
+      size.add(vector, b, SumOfBoth<V>{e1, e2, f1, f2, frame.apart}, ones);
+    } else if (second) {
+      size.add(vector, b, PowerOf<1, V>{e2, frame.apart}, f2);
+    } else {
       const V* const u = raised ? teachers[self].u : e1;
       switch (raised) {
-        case 2: size.template add<2>(vector, b, u, f1); break;
-        case 3: size.template add<3>(vector, b, u, f1); break;
-        case 4: size.template add<4>(vector, b, u, f1); break;
-        default: size.template add<1>(vector, b, u, f1);
+        case 2: size.add(vector, b, PowerOf<2, V>{u, frame.apart}, f1); break;
+        case 3: size.add(vector, b, PowerOf<3, V>{u, frame.apart}, f1); break;
+        case 4: size.add(vector, b, PowerOf<4, V>{u, frame.apart}, f1); break;
+        default: size.add(vector, b, PowerOf<1, V>{u, frame.apart}, f1);
       }
     }
-    if (second) {
-      for (int i = 0; i < frame.rows; ++i) f2[i] /= Z2[i];
-      size.template add<1>(vector, b, e2, f2);
-    }
   }
-  // A loss's logarithms, and its part in what multiplies the exponentials. Rows of weights are `step` vectors apart;
+  // A loss's logarithms, and its part in what multiplies the exponentials. Rows of weights are `step` numbers apart;
   // pixels where `counts` is 0 do not: what else they have may be infinite or NaN.
   void add_loss(int r, int e, const A* weight, const A* counts, int64_t step, const V* logarithm, V* factor) {
     const A g = lines[e].vector >= 0 ? gains[entry(r, e)] : A(0);
     V sum{};
     for (int i = 0; i < frame.rows; ++i) {
-      const V w = load<V>(weight + i * step * kLanes), counted = load<V>(counts + i * step * kLanes);
+      const V w = load<V>(weight + i * step), counted = load<V>(counts + i * step);
       sum += counted == A(0) ? V{} : w * logarithm[i];
       if (g != 0) factor[i] += counted == A(0) ? V{} : w * g;
     }
@@ -298,7 +323,6 @@ class SmallExits {
 
   void finish(ExitSums<A>& size, int64_t i) {
     const bool touched = i < size.opened && i >= size.resize->rows.low[frame.y0];
-    if (touched && L.labels) size.finish_labels(frame, i);
     for (int e = 0; e < N; ++e) {
       if (lines[e].size != &size) continue;
       if (touched) lines[e].turn(i, frame.pitch, across);
@@ -308,7 +332,7 @@ class SmallExits {
       for (int r = 0; r <= T && touched; ++r)
         if (gains[entry(r, e)] != 0) size.subtract(vector_of(r), gains[entry(r, e)], lines[e].vector, i);
       const A* const row = touched ? size.row(lines[e].vector, i) : nullptr;
-      write_gradient(L, plan, e, frame.image, frame.y0, frame.y1, i, row, frame.pitch);
+      write_gradient(L, plan, e, frame.image, frame.band, i, row, frame.pitch);
     }
   }
 };
