@@ -95,16 +95,17 @@ def write_ninja(folder: Path, isas: list[str]) -> None:
     rule("stand-in", f"{cxx} -shared -nostdlib -Wl,-soname,libtorch_cpu.so -x c++ {os.devnull} -o $out")
     ninja.build(f"{at}/libtorch_cpu.so", "stand-in")
 
-    # The files in csrc/cpu, which see no torch, are compiled once an instruction set. In ascending order, torch's side
+    # The CPU's kernels, which see no torch, are compiled once an instruction set. In ascending order, torch's side
     # first: of an inline function that several objects hold, the linker keeps the first. So none compiled for AVX-512
     # is ever called on a machine that lacks it.
     many = "-DSELFREG_X86_ISAS=1" if len(isas) > 1 else ""
     torch = f"-isystem {words(TORCH.folder / 'include')} {STABLE_ABI}"
+    launch = ROOT / "csrc/cpu/launch.cpp"
     kernels = []
     for isa in isas:
         flags = f"-DSELFREG_ISA={isa} {X86_ISAS.get(isa, '')}"
-        kernels += [compile("cxx", f, f"{f.stem}-{isa}", before=many, isa=flags) for f in sources("cpu/*.cpp")]
-    objects = [compile("cxx", f, f.stem, before=f"{torch} {many}") for f in sources("*.cpp")]
+        kernels += [compile("cxx", f, f"{f.stem}-{isa}", before=many, isa=flags) for f in sources("cpu/*.cpp") if f != launch]
+    objects = [compile("cxx", f, f.stem, before=f"{torch} {many}") for f in [*sources("*.cpp"), launch]]
     link("_C.abi3.so", objects + kernels, f"{cxx} -shared -O3 {user} {ARITHMETIC} -Wl,--no-as-needed,-s")
 
     if WHY_NOT_CUDA is None:

@@ -3,7 +3,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "cpu_launch.h"
+#include "cpu/launch.h"
 #include "operator.h"
 
 namespace selfreg {

@@ -264,8 +264,9 @@ class Matrix:
         (wheel,) = wheels.glob("*-linux_aarch64.whl")
         kernels = map(str, self.tree.glob(f"build/aarch64-{cxx}-*/*-baseline.o"))
         flags = f"-std=c++17 -O2 -static -pthread -I{self.tree}/tests/cpu_without_torch -I{self.tree}/csrc".split()
-        programs = [self.tree / "tests/cpu_without_torch/launches.cpp", self.tree / "csrc/cpu_launch.cpp"]
-        here = ["-DSELFREG_ISA=baseline", "-fopenmp-simd", "-Wno-psabi", *map(str, self.tree.glob("csrc/cpu/*.cpp"))]
+        programs = [self.tree / "tests/cpu_without_torch/launches.cpp", self.tree / "csrc/cpu/launch.cpp"]
+        files = (str(file) for file in self.tree.glob("csrc/cpu/*.cpp") if file.name != "launch.cpp")
+        here = ["-DSELFREG_ISA=baseline", "-fopenmp-simd", "-Wno-psabi", *files]
         values = []
         for compiler, emulated, objects in (("g++", [], here), (cxx, [emulator], kernels)):
             program = str(self.folder / f"launches-{compiler}")

@@ -14,7 +14,7 @@ import on_host
 import pytest
 
 FOLDER = on_host.ROOT / "tests" / "cpu_without_torch"
-KERNELS = on_host.ROOT / "csrc"
+KERNELS = on_host.ROOT / "csrc/cpu"
 MODES = {
     "address": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined",  # -O1 compiles three times as long
     "thread": "-O1 -fsanitize=thread",
@@ -41,15 +41,16 @@ def test_sanitizers_find_nothing(mode: str, tmp_path: Path) -> None:
     Races only with one of them: what threads share does not depend on it.
     """
     isas = ISAS if mode == "address" else {"baseline": ""}
-    flags = ["-std=c++17", *MODES[mode].split(), "-g1", "-fopenmp-simd", "-Wno-psabi", f"-I{FOLDER}", f"-I{KERNELS}"]
+    flags = ["-std=c++17", *MODES[mode].split(), "-g1", "-fopenmp-simd", "-Wno-psabi", f"-I{FOLDER}", f"-I{KERNELS.parent}"]
     flags += ["-DSELFREG_X86_ISAS=1"] if len(isas) > 1 else []
     (tmp_path / "none.cpp").write_text("int main() {}")
     tried = run("g++", *flags, tmp_path / "none.cpp", "-o", tmp_path / "none")
     if tried.returncode or run(tmp_path / "none").returncode:
         pytest.skip(f"g++ makes no programs here with {MODES[mode]}")
-    units: list[tuple[Path, list[str]]] = [(FOLDER / "launches.cpp", []), (KERNELS / "cpu_launch.cpp", [])]
+    units: list[tuple[Path, list[str]]] = [(FOLDER / "launches.cpp", []), (KERNELS / "launch.cpp", [])]
+    files = [file for file in KERNELS.glob("*.cpp") if file.name != "launch.cpp"]
     for isa, options in isas.items():
-        units = [(file, [f"-DSELFREG_ISA={isa}", *options.split()]) for file in (KERNELS / "cpu").glob("*.cpp")] + units
+        units = [(file, [f"-DSELFREG_ISA={isa}", *options.split()]) for file in files] + units
 
     def compile_one(i: int) -> None:
         source, options = units[i]

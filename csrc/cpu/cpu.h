@@ -1,5 +1,5 @@
-// The CPU backend's inner interface: cpu_launch.cpp plans and splits the work; cpu/small_exits.cpp or, where that does
-// not have what is asked for, cpu/exit_loss.cpp does it, both compiled once for each instruction set.
+// The CPU backend's inner interface: launch.cpp plans and splits the work; small_exits.cpp or, where that does not have
+// what is asked for, exit_loss.cpp does it, both compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@
 
 namespace selfreg {
 
-// One dimension of an exit that is resized: output position o lies between low[o] and low[o] + 1, the latter of weight
-// weight[o] (0 where there is none).
-struct Axis {
+// One dimension of an exit that is resized, as ../axis.h has it: output position o lies between low[o] and low[o] + 1,
+// the latter of weight weight[o] (0 where there is none).
+struct AxisTable {
   int64_t size;          // of the exit
   const int32_t* low;    // [of the output]
   const double* weight;  // [of the output]
@@ -26,16 +26,23 @@ struct Axis {
 // How an exit of another size than the output's is resized, and where its gradient is gathered.
 struct Resize {
   bool needed;
-  Axis rows, columns;
+  AxisTable rows, columns;
   // Of a tile's columns, one after the other: where low[x] is among the exit's columns that the tile needs.
   const int32_t* place;  // [W]
   const int32_t* taken;  // [segments, 2 tile_columns]: those columns, ascending
   const int32_t* count;  // [segments]: how many
   int64_t most_columns;  // the most of them
   int64_t held_rows;     // the most rows of the exit that a row of tiles lies on
+  int64_t upper_rows;    // the most of them that are the row above one of the output's
   int64_t shared_rows;   // the most that the bands at a border share, at most two
-  void* shared;          // [B, bands - 1, shared_rows, 2, w, C] of A: what the band above and the one below add to them
+  void* shared;          // [B, bands - 1, shared_rows, shared_sides, C, w] of A
 };
+
+// What the band below adds to a row that it shares has a place of its own; what the band above adds, only where the
+// gradient itself would round it.
+static SELFREG_CPU_INLINE int64_t shared_sides(const ExitLoss& launch) {
+  return launch.dtype == DType::float32 || launch.dtype == DType::float64 ? 1 : 2;
+}
 
 // A rectangle of pixels of an image.
 struct Tile {
@@ -53,10 +60,21 @@ struct Plan {
   int64_t bands, tiles_down, tiles_across, tiles;  // bands of an image, tiles of a band, tiles in all
   const int64_t* begins;                           // [bands + 1] where bands of an image begin; null: at each tile
   int64_t block_rows;                              // of small_exits.cpp; 0: exit_loss.cpp does it
+  const AxisTable* finest;                         // rows of those of small_exits.cpp that have the most
   bool stream;                                     // write gradients past the caches
   double norm[2];         // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
   const Resize* resizes;  // [N], or null: no exit is resized
 };
+
+// Rows of the tile of small_exits.cpp that begins at `top`, in a band that ends before `end`. It ends with a span of
+// the finest exits (rows between the same two of theirs) if one ends within it: then fewer tiles have two.
+static SELFREG_CPU_INLINE int64_t rows_of_tile(const Plan& plan, int64_t top, int64_t end) {
+  const int32_t* const low = plan.finest->low;
+  const int64_t left = end - top, most = left < plan.block_rows ? left : plan.block_rows;
+  int64_t rows = most;
+  while (rows > 1 && rows < left && low[top + rows] == low[top + rows - 1]) --rows;
+  return rows > 1 ? rows : most;
+}
 
 struct CpuKernels {
   const char* isa;

@@ -7,7 +7,7 @@
 
 namespace {
 
-// In units of ln 2, in a ring as long as that of the sums of its size. Channels of a row lie apart, columns together.
+// In units of ln 2, in a ring. Channels of a row lie apart, columns together.
 template <class A>
 struct ExitLines {
   using V = typename VecOf<A>::V;
@@ -20,6 +20,7 @@ struct ExitLines {
   int vector;       // its S among the sums; -1: no gradient is wanted
   int C;
   int64_t line;     // numbers from a channel to the next
+  int64_t ring, drawn;  // rows; the first that is not in there yet
   A* rows;          // [ring, C, line]
   bool* odd_row;    // [ring] whether something is not finite
   bool odd;         // in any row under the tile
@@ -28,17 +29,18 @@ struct ExitLines {
     exit = &frame.L.exits[e];
     C = frame.C;
     line = (exit->W + int64_t(3) * kLanes) / kLanes * kLanes;
-    const int64_t ring = frame.plan.resizes[e].held_rows;
+    ring = frame.plan.resizes[e].held_rows;
     rows = m.template take<A>(ring * C * line);
     odd_row = m.template take<bool>(ring);
   }
-  A* row(int64_t i) const { return rows + i % size->ring * C * line; }
+  A* row(int64_t i) const { return rows + i % ring * C * line; }
 
-  // Draws the rows from `first` on that the tile needs.
-  void draw(const Frame<A>& frame, int64_t first) {
-    const Axis& axis = size->resize->rows;
+  // Draws the rows that the tile needs.
+  void draw(const Frame<A>& frame) {
+    const AxisTable& axis = size->resize->rows;
+    if (frame.top == frame.y0) drawn = axis.low[frame.top];
     const int64_t last = axis.high(frame.top + frame.rows - 1);
-    for (int64_t i = first; i <= last; ++i) {
+    for (int64_t& i = drawn; i <= last; ++i) {
       if constexpr (sizeof(A) == 8) {
         read<double>(frame.image, i);
       } else {
@@ -48,10 +50,10 @@ struct ExitLines {
           default: read<BFloat>(frame.image, i);
         }
       }
-      odd_row[i % size->ring] = less_maxima(row(i));
+      odd_row[i % ring] = less_maxima(row(i));
     }
     odd = false;
-    for (int64_t i = axis.low[frame.top]; i <= last; ++i) odd |= odd_row[i % size->ring];
+    for (int64_t i = axis.low[frame.top]; i <= last; ++i) odd |= odd_row[i % ring];
   }
   template <class S>
   void read(int64_t image, int64_t i) const {
@@ -117,7 +119,7 @@ struct ExitLines {
   void turn(int64_t i, int64_t pitch, A* to) const {
     const A* const from = row(i);
     for (int64_t x = 0; x < exit->W; x += kLanes)
-      for (int64_t c = 0; c < pitch; c += kLanes) {
+      for (int64_t c = (C - 1) / kLanes * kLanes; c >= 0; c -= kLanes) {  // the last may reach into the next column's
         V square[kLanes];
         for (int k = 0; k < kLanes; ++k) square[k] = c + k < C ? load<V>(from + (c + k) * line + x) : V{};
         transpose<V, VInt>(square);

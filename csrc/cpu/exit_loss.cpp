@@ -8,7 +8,7 @@
 //   phase 2  each exit: read and maximum, if not a teacher; exponentials with the sums of all its losses; its gradient,
 //            a few rows at a time
 // Reading an exit of another size is interpolating it, writing its gradient is gathering that: resize.h.
-// Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in cpu_launch.cpp.
+// Phase 0 (what the means divide by) comes before, the fixed-order sum over tiles (phase 3) after, in launch.cpp.
 #include "cpu.h"
 
 #include <stdlib.h>

@@ -36,7 +36,7 @@ struct OfLabels {
   }
 };
 
-// Rows are kept while tiles add to them, in a ring.
+// Rows are kept from the span that lies below them, until it is done, in a ring.
 template <class A>
 struct ExitSums {
   using V = typename VecOf<A>::V;
@@ -57,18 +57,19 @@ struct ExitSums {
   A* sums;                // [vectors, ring, width + 1, pitch]
   V *above, *none;        // [pitch] a span's sums for the exit's row above, at the output's columns; zeros
   V* carried;             // [vectors, blocks, C] those for the row below: the next span, below that row, goes on with them
+  bool* added;            // [vectors] whether anything ever is: not to the sums of an exit without losses
   int64_t opened, done;   // the first row that is not yet in the ring; that is not yet done with
-  int64_t y0, y1;         // the band
+  int64_t y0;             // where the band begins
   Span spans[kMostRows];  // of the tile
   int count;
-  bool begins, goes_on, ends;  // the first span: is the band's; began in the tile above. The last is the band's
+  bool begins, goes_on;  // the first span is the band's first; it began in the tile above
   A down[kMostRows];  // of each row of the tile: the weight of the exit's row below
 
   // The sums of `exits` gradients.
   void lay_out(Memory& m, const Frame<A>& frame, const Resize& the_resize, int exits) {
     resize = &the_resize;
     C = frame.C, pitch = frame.pitch, apart = frame.apart;
-    width = resize->columns.size, ring = resize->held_rows, row_numbers = (width + 1) * pitch;
+    width = resize->columns.size, ring = resize->upper_rows, row_numbers = (width + 1) * pitch;
     const int64_t columns = frame.blocks * kLanes;
     to_right = m.template take<A>(columns);
     to_left = m.template take<A>(columns);
@@ -81,15 +82,17 @@ struct ExitSums {
     none = m.template take<V>(C);
     blocks = frame.blocks;
     carried = m.template take<V>(vectors * blocks * C);
+    added = m.template take<bool>(vectors);
   }
   static int targets(const ExitLoss& L) { return L.T + (L.labels != nullptr); }
 
   A* row(int vector, int64_t i) const { return sums + (vector * ring + i % ring) * row_numbers; }
 
   void place_columns(const Frame<A>& frame) {
-    const Axis& axis = resize->columns;
+    const AxisTable& axis = resize->columns;
     for (int64_t c = C; c < pitch; ++c) above[c] = V{};
     for (int c = 0; c < C; ++c) none[c] = V{};
+    for (int v = 0; v < vectors; ++v) added[v] = false;
     for (int64_t b = 0; b < frame.blocks; ++b) {
       first[b] = axis.low[b * kLanes];
       wide[b] = false;
@@ -103,17 +106,17 @@ struct ExitSums {
     }
   }
 
-  void begin_band(int64_t begin, int64_t end) {
-    y0 = begin, y1 = end;
+  void begin_band(int64_t begin) {
+    y0 = begin;
     opened = resize->rows.low[y0];
     done = first_row(*resize, y0);
   }
-  // The spans of the tile.
+  // The spans of the tile, and zeros to rows that they are the first to add to.
   void cut(int64_t top, int rows) {
-    const Axis& axis = resize->rows;
+    const AxisTable& axis = resize->rows;
     count = 0;
     goes_on = top > y0 && axis.low[top] == axis.low[top - 1];
-    begins = top == y0, ends = top + rows == y1 && axis.low[y1 - 1] + 1 < axis.size;
+    begins = top == y0;
     for (int r = 0; r < rows; ++r) {
       const int64_t low = axis.low[top + r];
       if (r == 0 || low != axis.low[top + r - 1]) spans[count++] = {r, r, low, false};
@@ -122,18 +125,27 @@ struct ExitSums {
       down[r] = A(axis.weight[top + r]);
       span.both |= down[r] != 0;
     }
+    while (opened <= spans[count - 1].low) open_row();
   }
-  // Zeros, to the rows under the tile that nothing has been added to.
-  void open(int64_t last) {
-    for (; opened <= last; ++opened) {
-      for (int v = 0; v < vectors; ++v) memset(row(v, opened), 0, row_numbers * sizeof(A));
-    }
+  void open_row() {
+    for (int v = 0; v < vectors; ++v) memset(row(v, opened), 0, row_numbers * sizeof(A));
+    ++opened;
+  }
+  // The row below the band's last span: what was carried is all of it.
+  void add_carried() {
+    open_row();
+    for (int v = 0; v < vectors; ++v)
+      for (int64_t b = 0; added[v] && b < blocks; ++b) {
+        memcpy(above, carried + (v * blocks + b) * C, C * sizeof(V));
+        add_columns(b, above, row(v, opened - 1));
+      }
   }
 
   // Adds factor[row] * from(c, row) of block b to a vector: once a block, for what is carried is that of all blocks above.
   template <class From>
   void add(int vector, int64_t b, const From from, const V* factor) {
     V* const below = carried + (vector * blocks + b) * C;
+    added[vector] = true;
     for (int s = 0; s < count; ++s) {
       const Span& span = spans[s];
       const V* const to_above = s == 0 && (begins || goes_on) ? none : below;
@@ -144,9 +156,6 @@ struct ExitSums {
       });
       add_columns(b, above, row(vector, span.low));
     }
-    if (!ends) return;
-    memcpy(above, below, C * sizeof(V));
-    add_columns(b, above, row(vector, spans[count - 1].low + 1));
   }
   // Of G rows from r on, onto what is in to_above and to_below so far.
   template <int G, class From>
@@ -164,26 +173,34 @@ struct ExitSums {
     }
   }
   void add_columns(int64_t b, const V* of_channels, A* to) const {
+    to += first[b] * pitch;
+    int64_t c = 0;
+    for (; c + kLanes <= pitch; c += kLanes) add_channels<V, VInt>(b, of_channels + c, to + c);
+    if (c < pitch) add_channels<typename VecOf<A>::Half, typename VecOf<A>::HalfInt>(b, of_channels + c, to + c);
+  }
+  // As many channels as W has lanes, transposed for as many columns at a time.
+  template <class W, class WInt>
+  void add_channels(int64_t b, const V* of_channels, A* sum) const {
+    constexpr int kWidth = sizeof(W) / sizeof(A);
     const A *const right_weight = to_right + b * kLanes, *const left_weight = to_left + b * kLanes;
     const Int* const place = column + b * kLanes;
-    to += first[b] * pitch;
-    for (int64_t c = 0; c < pitch; c += kLanes) {
-      V pixel[kLanes];
-      for (int k = 0; k < kLanes; ++k) pixel[k] = of_channels[c + k];
-      transpose<V, VInt>(pixel);
-      V left{}, right{};
-      Int x = place[0];
-      A* sum = to + c + x * pitch;
-      for (int k = 0; k < kLanes; ++k) {
-        for (; x < place[k]; ++x, sum += pitch) {
-          store(sum, load<V>(sum) + left);
-          left = right, right = V{};
+    W left{}, right{};
+    Int x = place[0];
+    sum += x * pitch;
+    for (int k0 = 0; k0 < kLanes; k0 += kWidth) {
+      W pixel[kWidth];
+      for (int k = 0; k < kWidth; ++k) pixel[k] = load<W>(reinterpret_cast<const A*>(of_channels + k) + k0);
+      transpose<W, WInt>(pixel);
+      for (int k = 0; k < kWidth; ++k) {
+        for (; x < place[k0 + k]; ++x, sum += pitch) {
+          store(sum, load<W>(sum) + left);
+          left = right, right = W{};
         }
-        left += pixel[k] * left_weight[k], right += pixel[k] * right_weight[k];
+        left += pixel[k] * left_weight[k0 + k], right += pixel[k] * right_weight[k0 + k];
       }
-      store(sum, load<V>(sum) + left);
-      store(sum + pitch, load<V>(sum + pitch) + right);
     }
+    store(sum, load<W>(sum) + left);
+    store(sum + pitch, load<W>(sum + pitch) + right);
   }
 
   // The sum of row i of a target times `y`, its channels together. 0 log 0 = 0.
@@ -191,14 +208,10 @@ struct ExitSums {
     using Sums = typename VecOf<A>::Sums;
     const A* const q = row(target, i);
     Sums sum{};
-    for (int64_t x = 0; x < width; ++x) {
-      V of_column{};
-      for (int64_t k = x * pitch; k < (x + 1) * pitch; k += kLanes) {
-        const V share = load<V>(q + k);
-        of_column += share == A(0) ? V{} : share * load<V>(y + k);
-      }
-      sum += __builtin_convertvector(of_column, Sums);
-    }
+    over_row([&](int64_t k, auto vector) {
+      const V share = vector.of(q + k), product = share * vector.of(y + k);
+      sum += __builtin_convertvector(share == A(0) ? V{} : product, Sums);
+    });
     double all_lanes = 0;
     for (int k = 0; k < kLanes; ++k) all_lanes += sum[k];
     return all_lanes;
@@ -207,10 +220,28 @@ struct ExitSums {
   void subtract(int target, A gain, int vector, int64_t i) const {
     const A* const q = row(target, i);
     A* const to = row(vector, i);
-    for (int64_t k = 0; k < width * pitch; k += kLanes) {
-      const V share = load<V>(q + k);
-      store(to + k, load<V>(to + k) - (share == A(0) ? V{} : share * gain));
+    over_row([&](int64_t k, auto numbers) {
+      const V share = numbers.of(q + k), rest = numbers.of(to + k) - (share == A(0) ? V{} : share * gain);
+      memcpy(to + k, &rest, numbers.bytes);
+    });
+  }
+
+ private:
+  template <int BYTES>
+  struct Part {
+    static constexpr int bytes = BYTES;
+    static SELFREG_ALWAYS V of(const A* from) {
+      V v{};
+      memcpy(&v, from, BYTES);
+      return v;
     }
+  };
+  // A row vector by vector; the last may be a half.
+  template <class F>
+  SELFREG_ALWAYS void over_row(F f) const {
+    const int64_t numbers = width * pitch, whole = numbers / kLanes * kLanes;
+    for (int64_t k = 0; k < whole; k += kLanes) f(k, Part<sizeof(V)>{});
+    if (whole < numbers) f(whole, Part<sizeof(V) / 2>{});
   }
 };
 

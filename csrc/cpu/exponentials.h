@@ -94,14 +94,14 @@ struct Exponentials {
   template <class Job>
   void with_care(const Frame<A>& frame, const PixelWeights<A>& pixels, const ExitLines<A>& lines, int64_t b, A scale,
                  const Job job, V* Z1, V* Z2, V* less) const {
-    const A* const counted = pixels.counted(frame.L);
+    const V* const counted = pixels.counted(frame.L);
     for (int s = 0; s < lines.size->count; ++s) {
       const Span& span = lines.size->spans[s];
       for (int r = span.begin; r < span.end; ++r)
         for (int c = 0; c < frame.C; ++c)
           for (int k = 0; k < kLanes; ++k)
             y[c * frame.apart + r][k] =
-                counted[frame.at(r, b) + k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
+                counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
     }
     for (int r = 0; r < frame.rows; ++r) {
       V most = y[r];

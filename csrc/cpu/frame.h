@@ -21,8 +21,7 @@ struct Frame {
   const Plan& plan;
   int C;
   A smoothing, class_w_sum;  // what label smoothing gives to a class of weight 1; the sum of the weights
-  int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next
-  int64_t map_row;           // numbers from a row of a map of the tile to the next
+  int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next: half vectors
   int64_t apart;             // in a block, vectors from a channel to the next: as many as a block may have rows
   int64_t image, band;
   int64_t y0, y1;            // the band: output rows [y0, y1)
@@ -34,13 +33,10 @@ struct Frame {
     class_w_sum = 0;
     for (int c = 0; smoothing != 0 && c < C; ++c) class_w_sum += class_weight(c);
     blocks = (plan.width + kLanes - 1) / kLanes;
-    map_row = (blocks + 1) * kLanes;  // one more: rows a power of two apart would share a few sets of the cache
     apart = plan.block_rows;
-    pitch = (C + kLanes - 1) / kLanes * kLanes;
+    pitch = (C + kLanes / 2 - 1) / (kLanes / 2) * (kLanes / 2);
   }
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
-  // The first of block b's pixels in row r of a map of the tile.
-  int64_t at(int r, int64_t b) const { return r * map_row + b * kLanes; }
 };
 
 // Counts memory, or hands it out.

@@ -1,5 +1,5 @@
-// The gradient of an exit at its own resolution, row by row, as bands of the output finish them. Two rows lie across a
-// border between bands: what both add to them goes through memory, and is added up afterwards, from top to bottom.
+// The gradient of an exit at its own resolution, row by row, as bands of the output finish them. One or two rows lie
+// across a border between bands: what both add to them goes through memory, and is added up afterwards.
 #pragma once
 
 #include <string.h>
@@ -19,14 +19,14 @@ SELFREG_ALWAYS A between(A a, A b, A w) {
 
 // The first row that the band from output row y on has to see to.
 SELFREG_ALWAYS int64_t first_row(const Resize& resize, int64_t y) {
-  const Axis& axis = resize.rows;
+  const AxisTable& axis = resize.rows;
   if (y == 0) return 0;
   const int64_t after = axis.high(y - 1) + 1;
   return after < axis.low[y] ? after : axis.low[y];
 }
 // The first row that is not yet complete when all output rows above y are done, in a band that ends before `end`.
 SELFREG_ALWAYS int64_t rows_until(const ExitLoss& L, const Resize& resize, int64_t y, int64_t end) {
-  const Axis& axis = resize.rows;
+  const AxisTable& axis = resize.rows;
   return y < end ? axis.low[y] : y < L.H ? axis.high(y - 1) + 1 : axis.size;
 }
 
@@ -35,7 +35,7 @@ void write_row_as(const ExitLoss& L, const View& grad, int64_t image, int64_t i,
   using V = typename VecOf<A>::V;
   constexpr int kLanes = sizeof(V) / sizeof(A);
   S* const to = static_cast<S*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
-  const int64_t whole = sum && grad.stride_w == 1 && step % kLanes == 0 ? grad.W / kLanes * kLanes : 0;
+  const int64_t whole = sum && grad.stride_w == 1 ? grad.W / kLanes * kLanes : 0;
   for (int64_t x = 0; x < whole; x += kLanes)
     for (int64_t c = 0; c < L.C; c += kLanes) {
       V square[kLanes];
@@ -51,7 +51,7 @@ void write_row_as(const ExitLoss& L, const View& grad, int64_t image, int64_t i,
     for (int64_t x = whole; x < grad.W; ++x)
       convert(to[c * grad.stride_c + x * grad.stride_w], sum ? sum[x * step + c] : A(0));
 }
-// sum[x * step + c], or zeros, to row i of the gradient.
+// sum[x * step + c], or zeros, to row i of the gradient. Up to a vector's numbers beyond are read.
 template <class A>
 void write_row(const ExitLoss& L, const View& grad, int64_t image, int64_t i, const A* sum, int64_t step) {
   if constexpr (sizeof(A) == 8) {
@@ -65,52 +65,78 @@ void write_row(const ExitLoss& L, const View& grad, int64_t image, int64_t i, co
   }
 }
 
-// What the band above (side 0) and that below (1) add to row i, which they share: `below` is the number of the latter.
+// Row i of an exit, which bands share across the border above band `below`, as a gradient of that one row: what the
+// band below adds to it (side 0), or the one above (1).
 template <class A>
-A* shared_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below, int64_t i, int side) {
+View shared_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below, int64_t i, int side) {
   const Resize& resize = plan.resizes[e];
   const int64_t border = image * (plan.bands - 1) + below - 1, number = i - resize.rows.low[plan.begins[below]];
-  return static_cast<A*>(resize.shared) +
-         ((border * resize.shared_rows + number) * 2 + side) * resize.columns.size * L.C;
+  const int64_t width = resize.columns.size;
+  A* const row = static_cast<A*>(resize.shared) +
+                 ((border * resize.shared_rows + number) * shared_sides(L) + side) * L.C * width;
+  return {row, 0, width, 0, 1, 1, width};
+}
+// Whether the bands above and below that border do.
+SELFREG_ALWAYS bool is_shared(const Plan& plan, const AxisTable& rows, int64_t below, int64_t i) {
+  return below > 0 && below < plan.bands && i <= rows.high(plan.begins[below] - 1) && i >= rows.low[plan.begins[below]];
 }
 
 // Row i of exit e's gradient, complete as far as the band goes.
 template <class A>
 void write_gradient(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t band, int64_t i, const A* sum,
                     int64_t step) {
-  const Axis& axis = plan.resizes[e].rows;
-  const int64_t begin = plan.begins[band], end = plan.begins[band + 1];
-  A* to = nullptr;
-  if (begin > 0 && i <= axis.high(begin - 1)) {
-    to = shared_row<A>(L, plan, e, image, band, i, 1);
-  } else if (end < L.H && i >= axis.low[end]) {
-    to = shared_row<A>(L, plan, e, image, band + 1, i, 0);
+  const AxisTable& rows = plan.resizes[e].rows;
+  const bool above = is_shared(plan, rows, band, i), below = is_shared(plan, rows, band + 1, i);
+  if (above) {
+    write_row_as<A>(L, shared_row<A>(L, plan, e, image, band, i, 0), 0, 0, sum, step);
+  } else if (below && shared_sides(L) == 2) {
+    write_row_as<A>(L, shared_row<A>(L, plan, e, image, band + 1, i, 1), 0, 0, sum, step);
+  } else {
+    write_row(L, L.grads[e], image, i, sum, step);
   }
-  if (!to) return write_row(L, L.grads[e], image, i, sum, step);
-  if (!sum) memset(to, 0, L.grads[e].W * L.C * sizeof(A));
-  for (int64_t x = 0; sum && x < L.grads[e].W; ++x) memcpy(to + x * L.C, sum + x * step, L.C * sizeof(A));
 }
 
-// The rows that bands share across the border above band `below` of an image, added up from top to bottom. One that
-// lies across several borders is done at the first.
+// What bands add to row i, of which the border above band `below` is the first that it lies across.
+template <class S, class A>
+void join_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below, int64_t i) {
+  const View& grad = L.grads[e];
+  S* const to = static_cast<S*>(grad.data) + image * grad.stride_b + i * grad.stride_h;
+  auto part = [&](int64_t band, int side, int64_t c) {
+    return static_cast<A*>(shared_row<A>(L, plan, e, image, band, i, side).data) + c * grad.W;
+  };
+  for (int64_t c = 0; c < L.C; ++c) {
+    A* const sum = part(below, 0, c);
+    S* const row = to + c * grad.stride_c;
+    if constexpr (sizeof(S) == sizeof(A)) {
+      for (int64_t x = 0; x < grad.W; ++x) sum[x] += row[x * grad.stride_w];
+    } else {
+      const A* const above = part(below, 1, c);
+      for (int64_t x = 0; x < grad.W; ++x) sum[x] += above[x];
+    }
+    for (int64_t band = below + 1; is_shared(plan, plan.resizes[e].rows, band, i); ++band) {
+      const A* const more = part(band, 0, c);
+      for (int64_t x = 0; x < grad.W; ++x) sum[x] += more[x];
+    }
+    for (int64_t x = 0; x < grad.W; ++x) convert(row[x * grad.stride_w], sum[x]);
+  }
+}
+
+// The rows of exit e's gradient that bands share across the border above band `below`, added up from top to bottom.
 template <class A>
 void join_rows(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64_t below) {
-  const Axis& axis = plan.resizes[e].rows;
-  const int64_t row = plan.resizes[e].columns.size * L.C;
-  auto shares = [&](int64_t band, int64_t i) {
-    const int64_t y = plan.begins[band];
-    return i <= axis.high(y - 1) && i >= axis.low[y];
-  };
+  const AxisTable& rows = plan.resizes[e].rows;
   const int64_t y = plan.begins[below];
-  for (int64_t i = axis.low[y]; i <= axis.high(y - 1); ++i) {
-    if (below > 1 && shares(below - 1, i)) continue;
-    A* const sum = shared_row<A>(L, plan, e, image, below, i, 0);
-    for (int64_t band = below; band < plan.bands && shares(band, i); ++band) {
-      const A* const more = shared_row<A>(L, plan, e, image, band, i, 1);
-#pragma omp simd
-      for (int64_t k = 0; k < row; ++k) sum[k] += more[k];
+  for (int64_t i = rows.low[y]; i <= rows.high(y - 1); ++i) {
+    if (is_shared(plan, rows, below - 1, i)) continue;  // done, from the first border that it lies across
+    if constexpr (sizeof(A) == 8) {
+      join_row<double, A>(L, plan, e, image, below, i);
+    } else {
+      switch (L.dtype) {
+        case DType::float32: join_row<float, A>(L, plan, e, image, below, i); break;
+        case DType::float16: join_row<Half, A>(L, plan, e, image, below, i); break;
+        default: join_row<BFloat, A>(L, plan, e, image, below, i);
+      }
     }
-    write_row(L, L.grads[e], image, i, sum, L.C);
   }
 }
 

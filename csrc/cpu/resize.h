@@ -141,7 +141,7 @@ class Resizer {
   // After a row of tiles that ends before output row y: the rows of the exit that nothing below adds to are written.
   void end_tiles_across(int64_t y) {
     if (!sums) return;
-    const Axis& axis = R->rows;
+    const AxisTable& axis = R->rows;
     const int64_t row = R->columns.size * pixel, last = axis.high(y - 1), end = plan->begins[band + 1];
     const int64_t until = rows_until(*L, *R, y, end);
     for (; next < until; ++next) {

@@ -1,5 +1,5 @@
 // Exits smaller than the output: the exit-loss matrix, phases 1 and 2. Compiled once for each instruction set, like
-// exit_loss.cpp, which has what is rare; cpu_launch.cpp chooses.
+// exit_loss.cpp, which has what is rare; launch.cpp chooses.
 //
 // Interpolation is linear, y_c(p) = sum_k a_kp y_kc over an exit's positions k, so that at the exit's own resolution
 //   sum_p w_p sum_c target_rc(p) y_c(p) = sum_kc y_kc Q_rkc          with Q_rkc = sum_p a_kp w_p target_rc(p)
@@ -126,7 +126,6 @@ class SmallExits {
     gains = m.template take<A>(entries);
     logs = m.template take<Sums>(entries);
     dots = m.template take<double>(entries);
-    pixels.lay_out(m, frame);
     exponentials.lay_out(m, frame);
     for (V** of_block : {&e1, &e2}) *of_block = m.template take<V>(block);
     for (int r = 0; r < T; ++r) {
@@ -168,10 +167,11 @@ class SmallExits {
     frame.y0 = plan.begins[frame.band], frame.y1 = plan.begins[frame.band + 1];
     memset(logs, 0, entry(T + 1, 0) * sizeof(Sums));
     memset(dots, 0, entry(T + 1, 0) * sizeof(double));
-    over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0, frame.y1); });
+    over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0); });
     for (frame.top = frame.y0; frame.top < frame.y1; frame.top += frame.rows) {
       begin_tile();
       for (int64_t b = 0; b < frame.blocks; ++b) {
+        pixels.read(frame, b);
         for (int r = 0; r < T; ++r) teach(r, b);
         if (L.labels) frame.smoothing != 0 ? add_labels<true>(b) : add_labels<false>(b);
         for (int r = T; r-- > 0;) learn(L.teachers[r], b);  // while what they taught is in cache
@@ -180,7 +180,10 @@ class SmallExits {
       }
       over_sizes([&](ExitSums<A>& size) {
         const int64_t until = rows_until(L, *size.resize, frame.top + frame.rows, frame.y1);
-        for (; size.done < until; ++size.done) finish(size, size.done);
+        for (; size.done < until; ++size.done) {
+          if (size.done == size.opened) size.add_carried();  // the band ends
+          finish(size, size.done);
+        }
       });
     }
     const A log_scale = two ? tau * tau : tau;
@@ -193,21 +196,11 @@ class SmallExits {
       }
   }
 
-  // A tile ends with a span of the finest exits, if one ends within its rows: then fewer tiles have two.
   void begin_tile() {
-    const Axis* finest = nullptr;
-    over_sizes([&](ExitSums<A>& size) {
-      if (!finest || size.resize->rows.size > finest->size) finest = &size.resize->rows;
-    });
-    const int64_t top = frame.top, left = frame.y1 - top;
-    const int most = int(plan.block_rows < left ? plan.block_rows : left);
-    int rows = most;
-    while (rows > 1 && rows < left && finest->low[top + rows] == finest->low[top + rows - 1]) --rows;
-    frame.rows = rows > 1 ? rows : most;
+    const int64_t top = frame.top;
+    frame.rows = int(rows_of_tile(plan, top, frame.y1));
     over_sizes([&](ExitSums<A>& size) { size.cut(top, frame.rows); });
-    for (int e = 0; e < N; ++e) lines[e].draw(frame, lines[e].size->opened);
-    over_sizes([&](ExitSums<A>& size) { size.open(size.resize->rows.high(top + frame.rows - 1)); });
-    pixels.read(frame);
+    for (int e = 0; e < N; ++e) lines[e].draw(frame);
   }
 
   // ---- phase 1 ----
@@ -224,7 +217,7 @@ class SmallExits {
     V q[kMostRows];
     for (int i = 0; i < frame.rows; ++i) {
       if (power == 1) t.Z[i] = t.Q[i];
-      const V w = load<V>(pixels.soft + frame.at(i, b));
+      const V w = pixels.soft[i];
       const V factor = power == 1 ? A(1) / t.Q[i] : raw_target_factor(t.Z[i], tau);
       t.weighted[i] = w == A(0) ? V{} : w * (power == 1 ? fill<V>(A(1)) : t.Q[i] * factor);
       q[i] = w == A(0) ? V{} : w * factor;
@@ -244,12 +237,8 @@ class SmallExits {
   void add_labels(int64_t b) {
     OfLabels<SMOOTH, A> target;
     target.hot = hot, target.rest = rest;
-    V weight[kMostRows];
-    for (int r = 0; r < frame.rows; ++r) {
-      target.label[r] = load<typename VecOf<A>::VInt>(pixels.label + frame.at(r, b));
-      weight[r] = load<V>(pixels.labelled + frame.at(r, b));
-    }
-    over_sizes([&](ExitSums<A>& size) { size.add(0, b, target, weight); });
+    memcpy(target.label, pixels.label, sizeof target.label);
+    over_sizes([&](ExitSums<A>& size) { size.add(0, b, target, pixels.labelled); });
   }
 
   // ---- phase 2 ----
@@ -276,12 +265,10 @@ class SmallExits {
       if (first) log1[i] = log2(Z1[i]) * A(kLn2) + less[i];
       if (second) log2_of[i] = log2(Z2[i]) * A(kLn2) + less[i] / tau;
     }
-    const int64_t at = frame.at(0, b);
-    if (L.labels) add_loss(0, e, pixels.mass + at, pixels.labelled + at, frame.map_row, log1, f1);
+    if (L.labels) add_loss(0, e, pixels.mass, pixels.labelled, log1, f1);
     for (int r = 1; r <= T; ++r) {
-      if (!taught(r, e)) continue;
-      const A* const weight = reinterpret_cast<const A*>(teachers[r - 1].weighted);
-      add_loss(r, e, weight, weight, kLanes, two ? log2_of : log1, two ? f2 : f1);
+      const V* const weight = teachers[r - 1].weighted;
+      if (taught(r, e)) add_loss(r, e, weight, weight, two ? log2_of : log1, two ? f2 : f1);
     }
     const int vector = lines[e].vector;
     if (vector < 0) return;
@@ -306,15 +293,14 @@ class SmallExits {
       }
     }
   }
-  // A loss's logarithms, and its part in what multiplies the exponentials. Rows of weights are `step` numbers apart;
-  // pixels where `counts` is 0 do not: what else they have may be infinite or NaN.
-  void add_loss(int r, int e, const A* weight, const A* counts, int64_t step, const V* logarithm, V* factor) {
+  // A loss's logarithms, and its part in what multiplies the exponentials. Pixels where `counts` is 0 do not: what else
+  // they have may be infinite or NaN.
+  void add_loss(int r, int e, const V* weight, const V* counts, const V* logarithm, V* factor) {
     const A g = lines[e].vector >= 0 ? gains[entry(r, e)] : A(0);
     V sum{};
     for (int i = 0; i < frame.rows; ++i) {
-      const V w = load<V>(weight + i * step), counted = load<V>(counts + i * step);
-      sum += counted == A(0) ? V{} : w * logarithm[i];
-      if (g != 0) factor[i] += counted == A(0) ? V{} : w * g;
+      sum += counts[i] == A(0) ? V{} : weight[i] * logarithm[i];
+      if (g != 0) factor[i] += counts[i] == A(0) ? V{} : weight[i] * g;
     }
     logs[entry(r, e)] += __builtin_convertvector(sum, Sums);
   }

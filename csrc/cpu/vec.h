@@ -26,6 +26,10 @@ typedef double VecD __attribute__((vector_size(kVecBytes)));
 typedef double VecDD __attribute__((vector_size(2 * kVecBytes)));  // as many as VecF has
 typedef int32_t VecI __attribute__((vector_size(kVecBytes)));
 typedef int64_t VecL __attribute__((vector_size(kVecBytes)));
+typedef float HalfF __attribute__((vector_size(kVecBytes / 2)));
+typedef double HalfD __attribute__((vector_size(kVecBytes / 2)));
+typedef int32_t HalfI __attribute__((vector_size(kVecBytes / 2)));
+typedef int64_t HalfL __attribute__((vector_size(kVecBytes / 2)));
 
 template <class A>
 struct VecOf;
@@ -34,6 +38,8 @@ struct VecOf<float> {
   using V = VecF;
   using Int = int32_t;
   using VInt = VecI;
+  using Half = HalfF;
+  using HalfInt = HalfI;
   using Sums = VecDD;
 };
 template <>
@@ -41,6 +47,8 @@ struct VecOf<double> {
   using V = VecD;
   using Int = int64_t;
   using VInt = VecL;
+  using Half = HalfD;
+  using HalfInt = HalfL;
   using Sums = VecD;
 };
 

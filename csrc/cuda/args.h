@@ -40,8 +40,8 @@ struct SharedLayout {
 struct Divisor {
   int32_t divisor;
   uint32_t inverse;  // 2^32 / divisor, rounded up; 0 of 1
-  SELFREG_RESIZE void set(int d) { divisor = d, inverse = d > 1 ? 0xffffffffu / unsigned(d) + 1 : 0; }
-  SELFREG_RESIZE int of(int n) const { return inverse ? int(uint64_t(unsigned(n)) * inverse >> 32) : n; }
+  SELFREG_AXIS void set(int d) { divisor = d, inverse = d > 1 ? 0xffffffffu / unsigned(d) + 1 : 0; }
+  SELFREG_AXIS int of(int n) const { return inverse ? int(uint64_t(unsigned(n)) * inverse >> 32) : n; }
 };
 
 // What of a resized exit lies under a block's band, and under the tile at hand; in shared memory. A span: the tile's
@@ -64,14 +64,14 @@ struct Place {
 // Under a strip of columns, for each: the weight of the column to its right, [columns] of A; its column [columns] of
 // int32_t; then where each of the exit's begins, [columns + 3] of uint16_t, unless there are more.
 template <class A>
-SELFREG_RESIZE constexpr int column_numbers(int columns) {
+SELFREG_AXIS constexpr int column_numbers(int columns) {
   return columns + (columns * 4 + (columns + 3) * 2 + int(sizeof(A)) - 1) / int(sizeof(A));
 }
 
 // How many columns an interpolated line has, of an exit of which so many lie under a strip of `columns`: the pairs of
 // neighbours that pixels lie between, or the pixels, where there are fewer.
-SELFREG_RESIZE constexpr bool is_wide(int64_t under, int columns) { return under > columns + 1; }
-SELFREG_RESIZE constexpr int line_columns(int64_t under, int columns) {
+SELFREG_AXIS constexpr bool is_wide(int64_t under, int columns) { return under > columns + 1; }
+SELFREG_AXIS constexpr int line_columns(int64_t under, int columns) {
   return is_wide(under, columns) ? columns : under > 1 ? int(under) - 1 : 1;
 }
 
@@ -185,12 +185,12 @@ struct Shape {
 // an odd number of fours apart, so that a warp's threads meet in no bank.
 template <class Shape, class A>
 constexpr bool exchanges_fours = Shape::kLayout == Layout::planes && sizeof(A) == 4;
-SELFREG_RESIZE constexpr int exchange_pitch(int groups) { return groups < 4 ? groups | 1 : ((groups + 3) / 4 | 1) * 4; }
+SELFREG_AXIS constexpr int exchange_pitch(int groups) { return groups < 4 ? groups | 1 : ((groups + 3) / 4 | 1) * 4; }
 
 // Where a thread's numbers lie among those that are scattered. Where that is not an odd number of fours, two or four
 // threads of a warp meet in a bank; of the longest rows, gaps would cost a block of three.
 template <class Shape>
-SELFREG_RESIZE constexpr int scattered_at(int thread) {
+SELFREG_AXIS constexpr int scattered_at(int thread) {
   return thread * Shape::kScattered * 2;
 }
 

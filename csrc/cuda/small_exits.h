@@ -121,7 +121,7 @@ inline int64_t place_vectors(SmallArgs& small) {
 }
 
 // The most columns of an exit of size s that lie under `columns` of the output.
-SELFREG_RESIZE int added_columns(const SmallArgs& args, int s, int columns) {
+SELFREG_AXIS int added_columns(const SmallArgs& args, int s, int columns) {
   return int(Axis{args.all.from[args.size_first[s]].y, args.all.size[2], args.all.align_corners}.most(columns));
 }
 

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu_launch.h"
+#include "cpu/launch.h"
 
 namespace {
 

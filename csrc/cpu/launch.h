@@ -1,6 +1,6 @@
 #pragma once
 
-#include "exit_loss.h"
+#include "../exit_loss.h"
 
 namespace selfreg {
 

@@ -1,6 +1,6 @@
 // The CPU backend's launch: phase 0 over the labels, bands of tiles to threads, phase 3 in a fixed order. No torch type
 // in here but parallel_for.
-#include "cpu_launch.h"
+#include "launch.h"
 
 #ifdef SELFREG_X86_ISAS
 #include <cpuid.h>
@@ -17,7 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/cpu.h"
+#include "../axis.h"
+#include "cpu.h"
 
 namespace selfreg {
 namespace {
@@ -105,44 +106,58 @@ PixelCounts count_pixels(const ExitLoss& launch, int64_t pixels) {
 
 // ---- resized exits -------------------------------------------------------------------------------------------------
 
-// Positions as F.interpolate has them, bilinear, but in double precision: at 1000 pixels a float is off by 3e-5.
-struct AxisTable {
+struct AxisMemory {
   std::vector<int32_t> low;
   std::vector<double> weight;
-  AxisTable(int64_t from, int64_t to, bool align_corners) : low(to), weight(to) {
-    const double scale = !align_corners ? double(from) / double(to) : to > 1 ? double(from - 1) / double(to - 1) : 0;
+  AxisMemory(int64_t from, int64_t to, bool align_corners) : low(to), weight(to) {
+    const Axis axis{from, to, align_corners};
     for (int64_t o = 0; o < to; ++o) {
-      const double position = align_corners ? scale * double(o) : std::max(0., scale * (double(o) + .5) - .5);
-      low[o] = int32_t(std::min(int64_t(position), from - 1));
-      weight[o] = low[o] + 1 < from ? std::min(position - low[o], 1.) : 0;
+      low[o] = int32_t(axis.low(o));
+      weight[o] = axis.weight<double>(o, low[o]);
+      if (weight[o] == 1) ++low[o], weight[o] = 0;  // the other one has no part, be it NaN
     }
   }
+  AxisTable table(int64_t size) const { return {size, low.data(), weight.data()}; }
 };
 
 constexpr int64_t kMostLanes = 16;  // kernels read `place` a vector at a time
 
 // The memory behind a Resize.
-struct ResizeTables {
-  AxisTable rows, columns;
+struct ResizeMemory {
+  AxisMemory rows, columns;
   std::vector<int32_t> place, taken, count;
   std::vector<double> shared;  // whatever A is: room for as many of it
 
-  ResizeTables(const ExitLoss& launch, const Plan& plan, const View& exit, bool gradient, Resize& to)
-      : rows(exit.H, launch.H, launch.align_corners),
-        columns(exit.W, launch.W, launch.align_corners),
-        place(launch.W + kMostLanes),
-        taken(plan.tiles_across * plan.tile_columns * 2),
-        count(plan.tiles_across) {
-    to = {true,
-          {exit.H, rows.low.data(), rows.weight.data()},
-          {exit.W, columns.low.data(), columns.weight.data()},
-          place.data(),
-          taken.data(),
-          count.data(),
-          0,
-          0,
-          0,
-          nullptr};
+  ResizeMemory(const ExitLoss& launch, const View& exit, Resize& to)
+      : rows(exit.H, launch.H, launch.align_corners), columns(exit.W, launch.W, launch.align_corners) {
+    to.needed = true;
+    to.rows = rows.table(exit.H), to.columns = columns.table(exit.W);
+  }
+  // What depends on how the launch is cut.
+  void plan_bands(const ExitLoss& launch, const Plan& plan, bool gradient, Resize& to) {
+    for (int64_t band = 0; band < plan.bands; ++band) {
+      const int64_t begin = plan.begins[band], end = plan.begins[band + 1];
+      for (int64_t y = begin, rows; y < end; y += rows) {
+        rows = plan.block_rows ? rows_of_tile(plan, y, end) : std::min(plan.tile_rows, end - y);
+        to.held_rows = std::max(to.held_rows, to.rows.high(y + rows - 1) - to.rows.low[y] + 1);
+        to.upper_rows = std::max<int64_t>(to.upper_rows, to.rows.low[y + rows - 1] - to.rows.low[y] + 1);
+      }
+      if (band > 0) to.shared_rows = std::max(to.shared_rows, to.rows.high(begin - 1) - to.rows.low[begin] + 1);
+    }
+    if (!plan.block_rows) list_columns(launch, plan, to);
+    if (!gradient) return;
+    const int64_t rows = launch.B * (plan.bands - 1) * to.shared_rows * shared_sides(launch);
+    const int64_t numbers = rows * launch.C * to.columns.size;
+    shared.resize(launch.dtype == DType::float64 ? numbers : (numbers + 1) / 2);
+    to.shared = shared.data();
+  }
+
+ private:
+  void list_columns(const ExitLoss& launch, const Plan& plan, Resize& to) {
+    place.resize(launch.W + kMostLanes);
+    taken.resize(plan.tiles_across * plan.tile_columns * 2);
+    count.resize(plan.tiles_across);
+    to.place = place.data(), to.taken = taken.data(), to.count = count.data();
     for (int64_t segment = 0; segment < plan.tiles_across; ++segment) {
       int32_t* const first = taken.data() + segment * plan.tile_columns * 2;
       int32_t* last = first;
@@ -155,18 +170,6 @@ struct ResizeTables {
       count[segment] = int32_t(last - first);
       to.most_columns = std::max<int64_t>(to.most_columns, count[segment]);
     }
-    for (int64_t y = 0; y < launch.H; ++y) {  // wherever a row of tiles begins
-      const int64_t last = std::min(y + (plan.block_rows ? plan.block_rows : plan.tile_rows), launch.H) - 1;
-      to.held_rows = std::max(to.held_rows, to.rows.high(last) - to.rows.low[y] + 1);
-    }
-    if (!gradient) return;
-    for (int64_t band = 1; band < plan.bands; ++band) {
-      const int64_t y = plan.begins[band];
-      to.shared_rows = std::max(to.shared_rows, to.rows.high(y - 1) - to.rows.low[y] + 1);
-    }
-    const int64_t numbers = launch.B * (plan.bands - 1) * to.shared_rows * 2 * exit.W * launch.C;
-    shared.resize(launch.dtype == DType::float64 ? numbers : (numbers + 1) / 2);
-    to.shared = shared.data();
   }
 };
 
@@ -187,16 +190,13 @@ bool are_small(const ExitLoss& launch) {
   });
 }
 
-// Where bands of about `rows` output rows begin: with a span of the finest exit's, if those are not longer, so that none
+// Where bands of about `rows` output rows begin: with a span of the finest exits', if those are not longer, so that none
 // is cut in two and bands share one of its rows, not two.
-std::vector<int64_t> begins_at_spans(const ExitLoss& launch, int64_t rows) {
-  const auto less = [](const View& a, const View& b) { return a.H < b.H; };
-  const View& finest = *std::max_element(launch.exits, launch.exits + launch.N, less);
-  const AxisTable axis(finest.H, launch.H, launch.align_corners);
-  const bool anywhere = finest.H * rows < launch.H;
+std::vector<int64_t> begins_at_spans(const ExitLoss& launch, const AxisTable& finest, int64_t rows) {
+  const bool anywhere = finest.size * rows < launch.H;
   std::vector<int64_t> begins{0};
   for (int64_t y = 1; y < launch.H; ++y)
-    if (y / rows > begins.back() / rows && (anywhere || axis.low[y] != axis.low[y - 1])) begins.push_back(y);
+    if (y / rows > begins.back() / rows && (anywhere || finest.low[y] != finest.low[y - 1])) begins.push_back(y);
   begins.push_back(launch.H);
   return begins;
 }
@@ -204,7 +204,7 @@ std::vector<int64_t> begins_at_spans(const ExitLoss& launch, int64_t rows) {
 // Returns where bands begin.
 std::vector<int64_t> cut(const ExitLoss& launch, Plan& plan) {
   int64_t most = tile_pixels(launch, plan.pixels);
-  if (std::none_of(launch.exits, launch.exits + launch.N, [&](const View& v) { return is_resized(launch, v); })) {
+  if (!plan.resizes) {
     plan.images = plan.tiles_down = plan.tiles_across = plan.tile_rows = 1;
     plan.tile_columns = plan.width = most;
     plan.tiles = plan.bands = plan.height = (plan.pixels + most - 1) / most;
@@ -220,7 +220,9 @@ std::vector<int64_t> cut(const ExitLoss& launch, Plan& plan) {
     plan.block_rows = launch.C <= 64 ? 8 : 4;
     plan.tile_columns = plan.width, plan.tiles_across = plan.tiles_down = 1;
     plan.tile_rows = parts(plan.height, std::min(plan.height, parts(kBands, plan.images)));
-    std::vector<int64_t> begins = begins_at_spans(launch, plan.tile_rows);
+    const auto less = [](const Resize& a, const Resize& b) { return a.rows.size < b.rows.size; };
+    plan.finest = &std::max_element(plan.resizes, plan.resizes + launch.N, less)->rows;
+    std::vector<int64_t> begins = begins_at_spans(launch, *plan.finest, plan.tile_rows);
     plan.bands = int64_t(begins.size()) - 1;
     plan.tiles = plan.images * plan.bands;
     return begins;
@@ -277,17 +279,20 @@ void cpu_launch(const ExitLoss& launch) {
   };
   plan.norm[0] = norm(counts.label);
   plan.norm[1] = norm(counts.soft);
-  const std::vector<int64_t> begins = plan.pixels > 0 ? cut(launch, plan) : std::vector<int64_t>();
-  plan.begins = begins.empty() ? nullptr : begins.data();
   std::vector<Resize> resizes(launch.N);
-  std::deque<ResizeTables> tables;
+  std::deque<ResizeMemory> memories;
   int64_t wanted = 0;
   for (int e = 0; plan.pixels > 0 && e < launch.N; ++e) {
-    const bool gradient = launch.grads[e].data, resized = is_resized(launch, launch.exits[e]);
-    if (resized) tables.emplace_back(launch, plan, launch.exits[e], gradient, resizes[e]);
-    wanted += gradient && !resized;
+    const bool resized = is_resized(launch, launch.exits[e]);
+    if (resized) memories.emplace_back(launch, launch.exits[e], resizes[e]);
+    wanted += launch.grads[e].data && !resized;
   }
-  plan.resizes = tables.empty() ? nullptr : resizes.data();
+  plan.resizes = memories.empty() ? nullptr : resizes.data();
+  const std::vector<int64_t> begins = plan.pixels > 0 ? cut(launch, plan) : std::vector<int64_t>();
+  plan.begins = begins.empty() ? nullptr : begins.data();
+  auto memory = memories.begin();
+  for (int e = 0; e < launch.N; ++e)
+    if (resizes[e].needed) (memory++)->plan_bands(launch, plan, launch.grads[e].data, resizes[e]);
   plan.stream = wanted * plan.pixels * launch.C >= (int64_t(4) << 20);
 
   std::vector<double> partial(plan.tiles * (launch.T + 1) * launch.N);
