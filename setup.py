@@ -100,11 +100,11 @@ def write_ninja(folder: Path, isas: list[str]) -> None:
     # is ever called on a machine that lacks it.
     many = "-DSELFREG_X86_ISAS=1" if len(isas) > 1 else ""
     torch = f"-isystem {words(TORCH.folder / 'include')} {STABLE_ABI}"
-    launch = ROOT / "csrc/cpu/launch.cpp"
-    kernels = []
+    launch, kernels = ROOT / "csrc/cpu/launch.cpp", []
+    per_isa = [f for f in sources("cpu/*.cpp") if f != launch]
     for isa in isas:
         flags = f"-DSELFREG_ISA={isa} {X86_ISAS.get(isa, '')}"
-        kernels += [compile("cxx", f, f"{f.stem}-{isa}", before=many, isa=flags) for f in sources("cpu/*.cpp") if f != launch]
+        kernels += [compile("cxx", f, f"{f.stem}-{isa}", before=many, isa=flags) for f in per_isa]
     objects = [compile("cxx", f, f.stem, before=f"{torch} {many}") for f in [*sources("*.cpp"), launch]]
     link("_C.abi3.so", objects + kernels, f"{cxx} -shared -O3 {user} {ARITHMETIC} -Wl,--no-as-needed,-s")
 

@@ -41,13 +41,13 @@ LOSSES = "tests/test_losses.py -k {backend}"
 SHAPES = "tests/test_kernel_shapes.py -k '{backend} and "
 RESIZE = "tests/test_resize.py -k '{backend} and every_ratio and float32'"
 SMALLER = "tests/test_resize.py -k '{backend} and smaller_exits'"
-CPU, CUDA, TRITON = "csrc/cpu/exit_loss.cpp", "csrc/cuda/exit_loss.cu", "selfreg_fast/triton/kernels.py"
+CUDA, TRITON = "csrc/cuda/exit_loss.cu", "selfreg_fast/triton/kernels.py"
 SMALL = "csrc/cuda/small_exits.h"
 
 MUTATIONS = [
     Mutation(
         "cpu: sign of the soft target in the gradient",
-        CPU,
+        "csrc/cpu/gradients.h",
         "g[k] -= scaled * load<V>(u + k * stride);",
         "g[k] += scaled * load<V>(u + k * stride);",
         "cpu",
@@ -63,15 +63,15 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: last of more than four exits skipped",
-        CPU,
-        "for (int e = 0; e < N; ++e) student(e, partial,",
-        "for (int e = 0; e < N - (N > 4); ++e) student(e, partial,",
+        "csrc/cpu/full_size.cpp",
+        "for (int e = 0; e < w.N; ++e) student(e, partial,",
+        "for (int e = 0; e < w.N - (w.N > 4); ++e) student(e, partial,",
         "cpu",
         LOSSES,
     ),
     Mutation(
         "cpu: rows taken to follow each other wherever pixels do",
-        CPU,
+        "csrc/cpu/tile.h",
         "} else if (strides[d] == r.length * r.step) {",
         "} else if (r.step == 1) {",
         "cpu",
@@ -79,7 +79,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: ignored labels count",
-        CPU,
+        "csrc/cpu/tile_weights.h",
         "to[i] = valid ? weight[i] : A(0);",
         "to[i] = weight[i];",
         "cpu",
@@ -87,15 +87,15 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: a detached teacher learns",
-        CPU,
-        "teacher_learns = gradient && !L.detach_teacher;",
-        "teacher_learns = gradient;",
+        "csrc/cpu/tile.h",
+        "teacher_learns(gradient && !launch.detach_teacher)",
+        "teacher_learns(gradient)",
         "cpu",
         LOSSES,
     ),
     Mutation(
         "cpu: last pixels of a streamed gradient not written",
-        CPU,
+        "csrc/cpu/write_tile.h",
         "for (int64_t i = ends > 0 ? ends : 0; i < n && !lines.goes_on; ++i) to[i] = from[i];",
         "for (int64_t i = ends > 0 ? ends : 0; i + 1 < n && !lines.goes_on; ++i) to[i] = from[i];",
         "cpu",

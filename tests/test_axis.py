@@ -57,7 +57,7 @@ def test_positions(axis: Axis, sizes: tuple[int, int], align_corners: bool) -> N
     low, weight, first = axis(size, to, align_corners)
     expected = exact(size, to, align_corners)
     assert low.tolist() == [max(min(int(p), size - 2), 0) for p in expected]
-    assert weight.tolist() == [float(p - int(l)) for p, l in zip(expected, low, strict=True)]
+    assert weight.tolist() == [float(p - int(before)) for p, before in zip(expected, low, strict=True)]
     for position in range(size):
         (after,) = np.nonzero(low >= position)
         assert first[position] == (after[0] if len(after) else to), position

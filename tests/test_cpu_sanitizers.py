@@ -41,7 +41,8 @@ def test_sanitizers_find_nothing(mode: str, tmp_path: Path) -> None:
     Races only with one of them: what threads share does not depend on it.
     """
     isas = ISAS if mode == "address" else {"baseline": ""}
-    flags = ["-std=c++17", *MODES[mode].split(), "-g1", "-fopenmp-simd", "-Wno-psabi", f"-I{FOLDER}", f"-I{KERNELS.parent}"]
+    flags = ["-std=c++17", *MODES[mode].split(), "-g1", "-fopenmp-simd", "-Wno-psabi"]
+    flags += [f"-I{FOLDER}", f"-I{KERNELS.parent}"]
     flags += ["-DSELFREG_X86_ISAS=1"] if len(isas) > 1 else []
     (tmp_path / "none.cpp").write_text("int main() {}")
     tried = run("g++", *flags, tmp_path / "none.cpp", "-o", tmp_path / "none")

@@ -1,5 +1,5 @@
 // The CPU backend's inner interface: launch.cpp plans and splits the work; small_exits.cpp or, where that does not have
-// what is asked for, exit_loss.cpp does it, both compiled once for each instruction set.
+// what is asked for, full_size.cpp does it, both compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ struct Plan {
   int64_t tile_rows, tile_columns;                 // at most
   int64_t bands, tiles_down, tiles_across, tiles;  // bands of an image, tiles of a band, tiles in all
   const int64_t* begins;                           // [bands + 1] where bands of an image begin; null: at each tile
-  int64_t block_rows;                              // of small_exits.cpp; 0: exit_loss.cpp does it
+  int64_t block_rows;                              // of small_exits.cpp; 0: full_size.cpp does it
   const AxisTable* finest;                         // rows of those of small_exits.cpp that have the most
   bool stream;                                     // write gradients past the caches
   double norm[2];         // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts

@@ -17,13 +17,13 @@ struct ExitLines {
 
   const View* exit;
   ExitSums<A>* size;
-  int vector;       // its S among the sums; -1: no gradient is wanted
+  int vector;  // its S among the sums; -1: no gradient is wanted
   int C;
-  int64_t line;     // numbers from a channel to the next
+  int64_t line;         // numbers from a channel to the next
   int64_t ring, drawn;  // rows; the first that is not in there yet
-  A* rows;          // [ring, C, line]
-  bool* odd_row;    // [ring] whether something is not finite
-  bool odd;         // in any row under the tile
+  A* rows;              // [ring, C, line]
+  bool* odd_row;        // [ring] whether something is not finite
+  bool odd;             // in any row under the tile
 
   void lay_out(Memory& m, const Frame<A>& frame, int e) {
     exit = &frame.L.exits[e];
@@ -119,7 +119,7 @@ struct ExitLines {
   void turn(int64_t i, int64_t pitch, A* to) const {
     const A* const from = row(i);
     for (int64_t x = 0; x < exit->W; x += kLanes)
-      for (int64_t c = (C - 1) / kLanes * kLanes; c >= 0; c -= kLanes) {  // the last may reach into the next column's
+      for (int64_t c = int64_t(C - 1) / kLanes * kLanes; c >= 0; c -= kLanes) {  // as the last reaches further
         V square[kLanes];
         for (int k = 0; k < kLanes; ++k) square[k] = c + k < C ? load<V>(from + (c + k) * line + x) : V{};
         transpose<V, VInt>(square);

@@ -46,24 +46,24 @@ struct ExitSums {
 
   const Resize* resize;
   int C, vectors;
-  int64_t blocks;                           // of a row of the output
-  int64_t width, ring;                      // columns; rows of the ring
-  int64_t pitch, row_numbers;               // numbers of a column, of a row
-  int64_t apart;                            // in a block, vectors from a channel to the next
+  int64_t blocks;              // of a row of the output
+  int64_t width, ring;         // columns; rows of the ring
+  int64_t pitch, row_numbers;  // numbers of a column, of a row
+  int64_t apart;               // in a block, vectors from a channel to the next
   A *to_right, *to_left;  // [output columns] weights of the columns to the right and to the left; 0 beyond the last
   Int* column;            // [output columns] the column to the left, counted from `first`
   int32_t* first;         // [blocks] the block's first column
   bool* wide;             // [blocks] whether it lies on more columns than a vector holds
   A* sums;                // [vectors, ring, width + 1, pitch]
   V *above, *none;        // [pitch] a span's sums for the exit's row above, at the output's columns; zeros
-  V* carried;             // [vectors, blocks, C] those for the row below: the next span, below that row, goes on with them
+  V* carried;             // [vectors, blocks, C] those for the row below, with which the next span goes on
   bool* added;            // [vectors] whether anything ever is: not to the sums of an exit without losses
   int64_t opened, done;   // the first row that is not yet in the ring; that is not yet done with
   int64_t y0;             // where the band begins
   Span spans[kMostRows];  // of the tile
   int count;
   bool begins, goes_on;  // the first span is the band's first; it began in the tile above
-  A down[kMostRows];  // of each row of the tile: the weight of the exit's row below
+  A down[kMostRows];     // of each row of the tile: the weight of the exit's row below
 
   // The sums of `exits` gradients.
   void lay_out(Memory& m, const Frame<A>& frame, const Resize& the_resize, int exits) {
@@ -125,7 +125,7 @@ struct ExitSums {
       down[r] = A(axis.weight[top + r]);
       span.both |= down[r] != 0;
     }
-    while (opened <= spans[count - 1].low) open_row();
+    while (opened <= axis.low[top + rows - 1]) open_row();
   }
   void open_row() {
     for (int v = 0; v < vectors; ++v) memset(row(v, opened), 0, row_numbers * sizeof(A));
@@ -141,7 +141,7 @@ struct ExitSums {
       }
   }
 
-  // Adds factor[row] * from(c, row) of block b to a vector: once a block, for what is carried is that of all blocks above.
+  // Adds factor[row] * from(c, row) of block b to a vector. Once a tile: what is carried is that of the tiles above.
   template <class From>
   void add(int vector, int64_t b, const From from, const V* factor) {
     V* const below = carried + (vector * blocks + b) * C;

@@ -62,9 +62,7 @@ struct Exponentials {
       for (int s = 0; s < lines.size->count; ++s) {
         const Span& span = lines.size->spans[s];
         lines.spread(span, b, scale, columns);
-        over_groups(span, [&](auto group, int r) {
-          rows<group.value>(frame, job, lines.size->down + r, r, Z1, Z2);
-        });
+        over_groups(span, [&](auto group, int r) { rows<group.value>(frame, job, lines.size->down + r, r, Z1, Z2); });
       }
       VInt small{};
       for (int r = 0; r < frame.rows; ++r) small |= (Job::kNeedsFirst ? Z1 : Z2)[r] < fill<V>(A(1e-12));
@@ -84,8 +82,7 @@ struct Exponentials {
     for (int c = 0, C = frame.C; c < C; ++c) {
       const V above = from[c][0], step = from[c][1];
       for (int g = 0; g < G; ++g)
-        job.put(c * apart + r + g, above + weight[g] * step, first[g], second[g],
-                [](V x) { return exp2_below_1(x); });
+        job.put(c * apart + r + g, above + weight[g] * step, first[g], second[g], [](V x) { return exp2_below_1(x); });
     }
     for (int g = 0; g < G; ++g) Z1[r + g] = first[g], Z2[r + g] = second[g];
   }
@@ -100,8 +97,7 @@ struct Exponentials {
       for (int r = span.begin; r < span.end; ++r)
         for (int c = 0; c < frame.C; ++c)
           for (int k = 0; k < kLanes; ++k)
-            y[c * frame.apart + r][k] =
-                counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
+            y[c * frame.apart + r][k] = counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
     }
     for (int r = 0; r < frame.rows; ++r) {
       V most = y[r];

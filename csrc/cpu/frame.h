@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "memory.h"
 #include "vec.h"
 
 namespace {
@@ -24,9 +25,9 @@ struct Frame {
   int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next: half vectors
   int64_t apart;             // in a block, vectors from a channel to the next: as many as a block may have rows
   int64_t image, band;
-  int64_t y0, y1;            // the band: output rows [y0, y1)
-  int64_t top;               // the tile's first row
-  int rows;                  // how many it has
+  int64_t y0, y1;  // the band: output rows [y0, y1)
+  int64_t top;     // the tile's first row
+  int rows;        // how many it has
 
   Frame(const ExitLoss& launch, const Plan& plan) : L(launch), plan(plan), C(int(launch.C)) {
     smoothing = L.labels ? A(L.label_smoothing / C) : A(0);
@@ -34,21 +35,16 @@ struct Frame {
     for (int c = 0; smoothing != 0 && c < C; ++c) class_w_sum += class_weight(c);
     blocks = (plan.width + kLanes - 1) / kLanes;
     apart = plan.block_rows;
-    pitch = (C + kLanes / 2 - 1) / (kLanes / 2) * (kLanes / 2);
+    constexpr int64_t kHalf = kLanes / 2;
+    pitch = (C + kHalf - 1) / kHalf * kHalf;
+  }
+  // The first exit of e's size.
+  int first_of_size(int e) const {
+    int first = 0;
+    while (L.exits[first].H != L.exits[e].H || L.exits[first].W != L.exits[e].W) ++first;
+    return first;
   }
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
-};
-
-// Counts memory, or hands it out.
-struct Memory {
-  char* begin;  // null: it is only counted
-  int64_t used;
-  template <class X>
-  X* take(int64_t n) {
-    char* const at = begin ? begin + used : nullptr;
-    used += (n * int64_t(sizeof(X)) + 63) / 64 * 64;
-    return reinterpret_cast<X*>(at);
-  }
 };
 
 // Rows [begin, end) of a tile lie between rows `low` and low + 1 of an exit; `both`: some of them on the latter, too.

@@ -72,8 +72,8 @@ View shared_row(const ExitLoss& L, const Plan& plan, int e, int64_t image, int64
   const Resize& resize = plan.resizes[e];
   const int64_t border = image * (plan.bands - 1) + below - 1, number = i - resize.rows.low[plan.begins[below]];
   const int64_t width = resize.columns.size;
-  A* const row = static_cast<A*>(resize.shared) +
-                 ((border * resize.shared_rows + number) * shared_sides(L) + side) * L.C * width;
+  A* const row =
+      static_cast<A*>(resize.shared) + ((border * resize.shared_rows + number) * shared_sides(L) + side) * L.C * width;
   return {row, 0, width, 0, 1, 1, width};
 }
 // Whether the bands above and below that border do.

@@ -190,8 +190,8 @@ bool are_small(const ExitLoss& launch) {
   });
 }
 
-// Where bands of about `rows` output rows begin: with a span of the finest exits', if those are not longer, so that none
-// is cut in two and bands share one of its rows, not two.
+// Where bands of about `rows` output rows begin: with a span of the finest exits', if those are not longer, so that
+// none is cut in two and bands share one of its rows, not two.
 std::vector<int64_t> begins_at_spans(const ExitLoss& launch, const AxisTable& finest, int64_t rows) {
   const bool anywhere = finest.size * rows < launch.H;
   std::vector<int64_t> begins{0};
@@ -304,9 +304,8 @@ void cpu_launch(const ExitLoss& launch) {
   });
   for (int e = 0; e < launch.N; ++e) {
     if (!resizes[e].needed || !launch.grads[e].data) continue;
-    torch::stable::parallel_for(0, launch.B * (plan.bands - 1), 4, [&](int64_t begin, int64_t end) {
-      kernels().join(launch, plan, e, begin, end);
-    });
+    torch::stable::parallel_for(0, launch.B * (plan.bands - 1), 4,
+                                [&](int64_t begin, int64_t end) { kernels().join(launch, plan, e, begin, end); });
   }
 
   const bool is_double = launch.dtype == DType::float64;

@@ -21,6 +21,7 @@
 
 #include "cpu.h"
 #include "gradient_rows.h"
+#include "memory.h"
 #include "storage.h"
 #include "vec.h"
 
@@ -38,20 +39,18 @@ class Resizer {
  public:
   static constexpr int kBlock = 4;  // channels that are interpolated together
 
-  // Takes memory by take(numbers of A), which may be none, to see how much it needs.
-  template <class Take>
-  void lay_out(const ExitLoss& launch, const Plan& the_plan, int e, Take take) {
+  void lay_out(Memory& m, const ExitLoss& launch, const Plan& the_plan, int e) {
     L = &launch, plan = &the_plan, exit = &launch.exits[e], grad = &launch.grads[e], R = &the_plan.resizes[e];
     C = int(launch.C);
     line = (R->most_columns + int64_t(2) * kLanes) / kLanes * kLanes;
     pixel = (int64_t(C) + kLanes - 1) / kLanes * kLanes;
     patch_row = (R->held_rows < 2 * plan->tile_rows ? R->held_rows : 2 * plan->tile_rows) * line;
-    patch = take(C * patch_row);
-    across = take(int64_t(2) * kBlock * line);
-    weight_x = take(plan->width + kLanes);
-    weight_y = take(2 * plan->tile_rows);
-    rows = reinterpret_cast<int32_t*>(take(3 * plan->tile_rows));
-    sums = grad->data ? take(R->held_rows * R->columns.size * pixel) : nullptr;
+    patch = m.take<A>(C * patch_row);
+    across = m.take<A>(int64_t(2) * kBlock * line);
+    weight_x = m.take<A>(plan->width + kLanes);
+    weight_y = m.take<A>(2 * plan->tile_rows);
+    rows = m.take<int32_t>(3 * plan->tile_rows);
+    sums = grad->data ? m.take<A>(R->held_rows * R->columns.size * pixel) : nullptr;
   }
   void begin_launch() {
     memset(patch, 0, C * patch_row * sizeof(A));
@@ -169,7 +168,7 @@ class Resizer {
   int32_t* rows;                   // [tile rows] the row above in the patch; then room to list its rows
   A* sums;  // [held rows, w, pixel] gradient of the exit's rows from `held` on; null where none is wanted
   int64_t image, band;
-  int64_t held, next;         // the first row in `sums`; the first that is not yet written
+  int64_t held, next;  // the first row in `sums`; the first that is not yet written
   Tile tile;
   const int32_t* taken;
   int64_t count;

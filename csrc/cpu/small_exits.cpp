@@ -1,5 +1,5 @@
 // Exits smaller than the output: the exit-loss matrix, phases 1 and 2. Compiled once for each instruction set, like
-// exit_loss.cpp, which has what is rare; launch.cpp chooses.
+// full_size.cpp, which has what is rare; launch.cpp chooses.
 //
 // Interpolation is linear, y_c(p) = sum_k a_kp y_kc over an exit's positions k, so that at the exit's own resolution
 //   sum_p w_p sum_c target_rc(p) y_c(p) = sum_kc y_kc Q_rkc          with Q_rkc = sum_p a_kp w_p target_rc(p)
@@ -27,6 +27,7 @@
 #include "exit_sums.h"
 #include "exponentials.h"
 #include "frame.h"
+#include "loss_sums.h"
 #include "pixel_weights.h"
 
 namespace {
@@ -47,7 +48,13 @@ class SmallExits {
 
  public:
   SmallExits(const ExitLoss& launch, const Plan& plan)
-      : L(launch), plan(plan), N(launch.N), T(launch.T), tau(A(launch.temperature)), frame(launch, plan) {
+      : L(launch),
+        plan(plan),
+        N(launch.N),
+        T(launch.T),
+        tau(A(launch.temperature)),
+        frame(launch, plan),
+        losses(launch) {
     two = T && L.target == Target::renormalized && tau != 1;
     power = two ? 1 : small_integer(L.temperature);
     Memory counted{nullptr, 0};
@@ -63,8 +70,7 @@ class SmallExits {
       rest[c] = frame.smoothing == 0 ? A(0) : weight * frame.smoothing;
       hot[c] = weight * A(1 - L.label_smoothing) + rest[c];
     }
-    for (int r = 0; r <= T; ++r)
-      for (int e = 0; e < N; ++e) gains[entry(r, e)] = gain(r, e);
+    losses.begin_launch(plan.norm);
   }
   SmallExits(const SmallExits&) = delete;
   ~SmallExits() { free(memory); }
@@ -73,7 +79,7 @@ class SmallExits {
 
   // Bands [begin, end) of all images; the sums of each go to partial[band].
   void run(int64_t begin, int64_t end, double* partial) {
-    for (int64_t number = begin; number < end; ++number) run_band(number, partial + number * entry(T + 1, 0));
+    for (int64_t number = begin; number < end; ++number) run_band(number, partial + number * losses.entries);
   }
 
  private:
@@ -85,31 +91,22 @@ class SmallExits {
   int power;  // exp(y) is that power of a teacher's u; 0: of none
   char* memory;
   Frame<A> frame;
+  LossSums<A> losses;
   PixelWeights<A> pixels;
   Exponentials<A> exponentials;
   ExitLines<A>* lines;   // [N]
   ExitSums<A>* sizes;    // [N], of which those are in use that are an exit's number and the first of their size
   Teacher<V>* teachers;  // [T]
   A *hot, *rest;         // [C] the labels' target: of a pixel of that class, of one of another
-  A* gains;              // [T + 1, N] what multiplies a loss's terms in the gradient, but for the pixel's weight
   V *e1, *e2;            // [C, frame.apart] exp(y) and exp(y / tau) of the student at hand
-  Sums* logs;            // [T + 1, N] the part of the losses that has logarithms
-  double* dots;          // [T + 1, N] the part that has not
   A* across;             // [width, pitch] a row of an exit, channels together
 
-  int entry(int r, int e) const { return r * N + e; }
-  bool taught(int r, int e) const { return r == 0 ? L.labels != nullptr : L.teachers[r - 1] != e; }
   int teacher_number(int e) const {
     for (int r = 0; r < T; ++r)
       if (L.teachers[r] == e) return r;
     return -1;
   }
   int vector_of(int r) const { return r - (L.labels ? 0 : 1); }  // Q of the labels, r = 0, or of teacher r - 1
-  int first_of_size(int e) const {
-    int first = 0;
-    while (L.exits[first].H != L.exits[e].H || L.exits[first].W != L.exits[e].W) ++first;
-    return first;
-  }
   template <class F>
   void over_sizes(F f) {
     for (int e = 0; e < N; ++e)
@@ -117,15 +114,13 @@ class SmallExits {
   }
 
   void lay_out(Memory& m) {
-    const int64_t block = frame.C * frame.apart, entries = entry(T + 1, 0);
+    const int64_t block = frame.C * frame.apart;
     lines = m.template take<ExitLines<A>>(N);
     sizes = m.template take<ExitSums<A>>(N);
     teachers = m.template take<Teacher<V>>(T);
     hot = m.template take<A>(frame.C);
     rest = m.template take<A>(frame.C);
-    gains = m.template take<A>(entries);
-    logs = m.template take<Sums>(entries);
-    dots = m.template take<double>(entries);
+    losses.lay_out(m);
     exponentials.lay_out(m, frame);
     for (V** of_block : {&e1, &e2}) *of_block = m.template take<V>(block);
     for (int r = 0; r < T; ++r) {
@@ -138,11 +133,11 @@ class SmallExits {
       ExitSums<A> b{};
       (lines ? lines[e] : a).lay_out(m, frame, e);
       widest = widest < L.exits[e].W ? L.exits[e].W : widest;
-      if (lines) lines[e].size = &sizes[first_of_size(e)];
-      if (first_of_size(e) != e) continue;
+      if (lines) lines[e].size = &sizes[frame.first_of_size(e)];
+      if (frame.first_of_size(e) != e) continue;
       int wanted = 0;
       for (int other = e; other < N; ++other) {
-        if (first_of_size(other) != e) continue;
+        if (frame.first_of_size(other) != e) continue;
         const bool has_gradient = L.grads[other].data;
         if (lines) lines[other].vector = has_gradient ? ExitSums<A>::targets(L) + wanted : -1;
         wanted += has_gradient;
@@ -152,21 +147,13 @@ class SmallExits {
     across = m.template take<A>((widest + kLanes) * frame.pitch);
   }
 
-  // 0 leaves a loss out: the other numbers may be infinite or NaN.
-  A gain(int r, int e) const {
-    if (!L.grad_losses && !L.weights) return 0;
-    const A g = L.grad_losses ? static_cast<const A*>(L.grad_losses)[entry(r, e)] : A(L.weights[entry(r, e)]);
-    return g == 0 || !taught(r, e) ? A(0) : g * A(plan.norm[r > 0]) * (r > 0 ? tau : A(1));
-  }
-
   // ---- bands and tiles ----
 
   void run_band(int64_t number, double* partial) {
     frame.image = number / plan.bands;
     frame.band = number % plan.bands;
     frame.y0 = plan.begins[frame.band], frame.y1 = plan.begins[frame.band + 1];
-    memset(logs, 0, entry(T + 1, 0) * sizeof(Sums));
-    memset(dots, 0, entry(T + 1, 0) * sizeof(double));
+    losses.begin_band();
     over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0); });
     for (frame.top = frame.y0; frame.top < frame.y1; frame.top += frame.rows) {
       begin_tile();
@@ -186,14 +173,7 @@ class SmallExits {
         }
       });
     }
-    const A log_scale = two ? tau * tau : tau;
-    for (int r = 0; r <= T; ++r)
-      for (int e = 0; e < N; ++e) {
-        double sum = 0;
-        for (int k = 0; k < kLanes; ++k) sum += logs[entry(r, e)][k];
-        const double dot = dots[entry(r, e)] * kLn2;
-        partial[entry(r, e)] = r == 0 ? sum - dot : log_scale * sum - tau * dot;
-      }
+    losses.end_band(two ? L.temperature * L.temperature : L.temperature, partial);
   }
 
   void begin_tile() {
@@ -224,7 +204,7 @@ class SmallExits {
     }
     over_sizes([&](ExitSums<A>& size) {
       bool needed = false;
-      for (int e = 0; e < N; ++e) needed |= lines[e].size == &size && taught(r + 1, e);
+      for (int e = 0; e < N; ++e) needed |= lines[e].size == &size && losses.taught(r + 1, e);
       if (needed) size.add(vector_of(r + 1), b, PowerOf<1, V>{t.u, frame.apart}, q);
     });
   }
@@ -265,13 +245,14 @@ class SmallExits {
       if (first) log1[i] = log2(Z1[i]) * A(kLn2) + less[i];
       if (second) log2_of[i] = log2(Z2[i]) * A(kLn2) + less[i] / tau;
     }
-    if (L.labels) add_loss(0, e, pixels.mass, pixels.labelled, log1, f1);
+    const int vector = lines[e].vector, rows = frame.rows;
+    const bool gradient = vector >= 0;
+    if (L.labels) losses.add(0, e, rows, pixels.mass, pixels.labelled, log1, gradient, f1);
     for (int r = 1; r <= T; ++r) {
       const V* const weight = teachers[r - 1].weighted;
-      if (taught(r, e)) add_loss(r, e, weight, weight, two ? log2_of : log1, two ? f2 : f1);
+      if (losses.taught(r, e)) losses.add(r, e, rows, weight, weight, two ? log2_of : log1, gradient, two ? f2 : f1);
     }
-    const int vector = lines[e].vector;
-    if (vector < 0) return;
+    if (!gradient) return;
     ExitSums<A>& size = *lines[e].size;
     for (int i = 0; i < frame.rows; ++i) {
       if (first) f1[i] /= Z1[i];
@@ -293,17 +274,6 @@ class SmallExits {
       }
     }
   }
-  // A loss's logarithms, and its part in what multiplies the exponentials. Pixels where `counts` is 0 do not: what else
-  // they have may be infinite or NaN.
-  void add_loss(int r, int e, const V* weight, const V* counts, const V* logarithm, V* factor) {
-    const A g = lines[e].vector >= 0 ? gains[entry(r, e)] : A(0);
-    V sum{};
-    for (int i = 0; i < frame.rows; ++i) {
-      sum += counts[i] == A(0) ? V{} : weight[i] * logarithm[i];
-      if (g != 0) factor[i] += counts[i] == A(0) ? V{} : weight[i] * g;
-    }
-    logs[entry(r, e)] += __builtin_convertvector(sum, Sums);
-  }
 
   // ---- what is left when the blocks have passed row i of the exits of a size ----
 
@@ -313,10 +283,10 @@ class SmallExits {
       if (lines[e].size != &size) continue;
       if (touched) lines[e].turn(i, frame.pitch, across);
       for (int r = 0; r <= T && touched; ++r)
-        if (taught(r, e)) dots[entry(r, e)] += size.dot(vector_of(r), i, across);
+        if (losses.taught(r, e)) losses.dots[losses.entry(r, e)] += size.dot(vector_of(r), i, across);
       if (lines[e].vector < 0) continue;
       for (int r = 0; r <= T && touched; ++r)
-        if (gains[entry(r, e)] != 0) size.subtract(vector_of(r), gains[entry(r, e)], lines[e].vector, i);
+        if (losses.gain(r, e) != 0) size.subtract(vector_of(r), losses.gain(r, e), lines[e].vector, i);
       const A* const row = touched ? size.row(lines[e].vector, i) : nullptr;
       write_gradient(L, plan, e, frame.image, frame.band, i, row, frame.pitch);
     }
