@@ -142,6 +142,14 @@ MUTATIONS = [
         SMALLER,
     ),
     Mutation(
+        "cpu: small exits: sign of what is taught an exit of the output's size",
+        "csrc/cpu/full_exit.h",
+        "g[c * apart + r] -= k * target(c, r);",
+        "g[c * apart + r] += k * target(c, r);",
+        "cpu",
+        SMALLER,
+    ),
+    Mutation(
         "cpu: small exits: pixels far below both maxima go unnoticed",
         "csrc/cpu/exponentials.h",
         "fill<V>(A(1e-12))",

@@ -97,6 +97,8 @@ SMALLER: dict[str, tuple[list[tuple[int, int]], tuple[int, int]]] = {
     "quarter": ([(9, 34), (9, 34)], (36, 136)),
     "odd": ([(6, 20), (7, 9), (1, 20)], (41, 139)),
     "almost": ([(39, 70), (40, 69)], (40, 70)),
+    "unet": ([(9, 34), (36, 136), (18, 68)], (36, 136)),
+    "full on both sides": ([(36, 139), (6, 20), (36, 139)], (36, 139)),
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "labels": {"teachers": ()},

@@ -28,8 +28,9 @@ template <bool SMOOTH, class A>
 struct OfLabels {
   using V = typename VecOf<A>::V;
   using VInt = typename VecOf<A>::VInt;
-  VInt label[kMostRows];
+  const VInt* label;    // [rows]
   const A *hot, *rest;  // [C] of the label, of another class
+  OfLabels(const VInt* label, const A* hot, const A* rest) : label(label), hot(hot), rest(rest) {}
   SELFREG_ALWAYS V operator()(int c, int r) const {
     const V other = SMOOTH ? label[r] < 0 ? V{} : fill<V>(rest[c]) : V{};
     return label[r] == typename VecOf<A>::Int(c) ? fill<V>(hot[c]) : other;

@@ -177,16 +177,16 @@ bool is_resized(const ExitLoss& launch, const View& exit) { return exit.H != lau
 
 // ---- plan ----------------------------------------------------------------------------------------------------------
 
-// Whether small_exits.cpp will do. It keeps nothing at the output's resolution, and so has no maps of losses, no argmax
-// and nothing for teachers that learn; of larger exits its sums would be no smaller, and where a position has more
-// pixels, they would lose digits.
+// Whether small_exits.cpp will do: for smaller exits, with others of the output's size among them. It keeps nothing of
+// the former at the output's resolution, and so has no maps of losses, no argmax and nothing for teachers that learn;
+// of larger exits its sums would be no smaller, and where a position has more pixels, they would lose digits.
 bool are_small(const ExitLoss& launch) {
   const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
   // Of one class, gradients are to be exactly 0, not a small difference.
   if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;
   return std::all_of(launch.exits, launch.exits + launch.N, [&](const View& v) {
     const int64_t pixels = launch.H * launch.W / std::max<int64_t>(1, v.H * v.W);
-    return is_resized(launch, v) && v.H <= launch.H && v.W <= launch.W && pixels <= 1 << 14;
+    return v.H <= launch.H && v.W <= launch.W && pixels <= 1 << 14;
   });
 }
 

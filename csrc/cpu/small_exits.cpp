@@ -1,5 +1,5 @@
-// Exits smaller than the output: the exit-loss matrix, phases 1 and 2. Compiled once for each instruction set, like
-// full_size.cpp, which has what is rare; launch.cpp chooses.
+// Exits smaller than the output, with others of its size among them: the exit-loss matrix, phases 1 and 2. Compiled
+// once for each instruction set, like full_size.cpp, which has what is rare; launch.cpp chooses.
 //
 // Interpolation is linear, y_c(p) = sum_k a_kp y_kc over an exit's positions k, so that at the exit's own resolution
 //   sum_p w_p sum_c target_rc(p) y_c(p) = sum_kc y_kc Q_rkc          with Q_rkc = sum_p a_kp w_p target_rc(p)
@@ -13,7 +13,9 @@
 //   phase 2  each exit: exponentials and their sums, the logarithms in its losses; its part of S
 // When the blocks have passed a row of an exit, its Q and S give the rest of the losses, and the gradient.
 // A part of Q or S is summed over a span's rows first, at the output's columns, for the exit's row above and the one
-// below; then it is transposed, so that a vector holds channels, and summed over the columns between the same two.
+// below; this goes on with the next span, of which it is the row above. A row that is complete is transposed, so that a
+// vector holds channels, and summed over the columns between the same two. (full_exit.h has the exits of the output's
+// size: for them all of it stays in the block.)
 //
 // Positions are taken less their own maximum over channels, so that no y_kc is above 0, nor what is interpolated from
 // them. Where maxima are of other channels, all exponentials of a pixel may be small; then, and where a number is not
@@ -23,22 +25,16 @@
 
 #include <initializer_list>
 
+#include "block_targets.h"
 #include "exit_lines.h"
 #include "exit_sums.h"
 #include "exponentials.h"
 #include "frame.h"
+#include "full_exit.h"
 #include "loss_sums.h"
 #include "pixel_weights.h"
 
 namespace {
-
-// A teacher's block.
-template <class V>
-struct Teacher {
-  V* u;  // [C, frame.apart] exp(y / tau); times what it is multiplied by, the target
-  V Z[kMostRows], Q[kMostRows], less[kMostRows];  // sums of exp(y), of u; what y is taken less of
-  V weighted[kMostRows];                          // the pixel's weight times the sum of the target
-};
 
 template <class A>
 class SmallExits {
@@ -48,15 +44,7 @@ class SmallExits {
 
  public:
   SmallExits(const ExitLoss& launch, const Plan& plan)
-      : L(launch),
-        plan(plan),
-        N(launch.N),
-        T(launch.T),
-        tau(A(launch.temperature)),
-        frame(launch, plan),
-        losses(launch) {
-    two = T && L.target == Target::renormalized && tau != 1;
-    power = two ? 1 : small_integer(L.temperature);
+      : L(launch), plan(plan), N(launch.N), T(launch.T), frame(launch, plan), targets(launch, frame), losses(launch) {
     Memory counted{nullptr, 0};
     lay_out(counted);
     memory = static_cast<char*>(aligned_alloc(64, counted.used));
@@ -65,11 +53,7 @@ class SmallExits {
     Memory taken{memory, 0};
     lay_out(taken);
     over_sizes([&](ExitSums<A>& size) { size.place_columns(frame); });
-    for (int c = 0; c < frame.C; ++c) {
-      const A weight = frame.class_weight(c);
-      rest[c] = frame.smoothing == 0 ? A(0) : weight * frame.smoothing;
-      hot[c] = weight * A(1 - L.label_smoothing) + rest[c];
-    }
+    targets.begin_launch();
     losses.begin_launch(plan.norm);
   }
   SmallExits(const SmallExits&) = delete;
@@ -86,27 +70,17 @@ class SmallExits {
   const ExitLoss& L;
   const Plan& plan;
   const int N, T;
-  const A tau;
-  bool two;   // whether soft losses have exp(y / tau), and not exp(y)
-  int power;  // exp(y) is that power of a teacher's u; 0: of none
   char* memory;
   Frame<A> frame;
+  BlockTargets<A> targets;
   LossSums<A> losses;
-  PixelWeights<A> pixels;
   Exponentials<A> exponentials;
-  ExitLines<A>* lines;   // [N]
-  ExitSums<A>* sizes;    // [N], of which those are in use that are an exit's number and the first of their size
-  Teacher<V>* teachers;  // [T]
-  A *hot, *rest;         // [C] the labels' target: of a pixel of that class, of one of another
-  V *e1, *e2;            // [C, frame.apart] exp(y) and exp(y / tau) of the student at hand
-  A* across;             // [width, pitch] a row of an exit, channels together
+  ExitLines<A>* lines;  // [N]
+  FullExit<A>* fulls;   // [N], of which those are in use that say so
+  ExitSums<A>* sizes;   // [N], of which those are in use that are an exit's number and the first of their size
+  V *e1, *e2;           // [C, frame.apart] exp(y) and exp(y / tau) of the student at hand
+  A* across;            // [width, pitch] a row of an exit, channels together
 
-  int teacher_number(int e) const {
-    for (int r = 0; r < T; ++r)
-      if (L.teachers[r] == e) return r;
-    return -1;
-  }
-  int vector_of(int r) const { return r - (L.labels ? 0 : 1); }  // Q of the labels, r = 0, or of teacher r - 1
   template <class F>
   void over_sizes(F f) {
     for (int e = 0; e < N; ++e)
@@ -114,23 +88,23 @@ class SmallExits {
   }
 
   void lay_out(Memory& m) {
-    const int64_t block = frame.C * frame.apart;
     lines = m.template take<ExitLines<A>>(N);
+    fulls = m.template take<FullExit<A>>(N);
     sizes = m.template take<ExitSums<A>>(N);
-    teachers = m.template take<Teacher<V>>(T);
-    hot = m.template take<A>(frame.C);
-    rest = m.template take<A>(frame.C);
+    targets.lay_out(m);
     losses.lay_out(m);
     exponentials.lay_out(m, frame);
-    for (V** of_block : {&e1, &e2}) *of_block = m.template take<V>(block);
-    for (int r = 0; r < T; ++r) {
-      V* const u = m.template take<V>(block);
-      if (teachers) teachers[r].u = u;
-    }
+    for (V** of_block : {&e1, &e2}) *of_block = m.template take<V>(frame.C * frame.apart);
     int64_t widest = 0;
     for (int e = 0; e < N; ++e) {
       ExitLines<A> a{};
       ExitSums<A> b{};
+      FullExit<A> c{};
+      (fulls ? fulls[e] : c).lay_out(m, frame, e);
+      if (!plan.resizes[e].needed) {
+        if (lines) lines[e].size = nullptr;
+        continue;
+      }
       (lines ? lines[e] : a).lay_out(m, frame, e);
       widest = widest < L.exits[e].W ? L.exits[e].W : widest;
       if (lines) lines[e].size = &sizes[frame.first_of_size(e)];
@@ -150,20 +124,21 @@ class SmallExits {
   // ---- bands and tiles ----
 
   void run_band(int64_t number, double* partial) {
-    frame.image = number / plan.bands;
-    frame.band = number % plan.bands;
+    frame.image = number / plan.bands, frame.band = number % plan.bands;
     frame.y0 = plan.begins[frame.band], frame.y1 = plan.begins[frame.band + 1];
     losses.begin_band();
     over_sizes([&](ExitSums<A>& size) { size.begin_band(frame.y0); });
     for (frame.top = frame.y0; frame.top < frame.y1; frame.top += frame.rows) {
       begin_tile();
       for (int64_t b = 0; b < frame.blocks; ++b) {
-        pixels.read(frame, b);
+        targets.pixels.read(frame, b);
+        for (int e = 0; e < N; ++e)
+          if (fulls[e].here) fulls[e].read(frame, targets.pixels, b);
         for (int r = 0; r < T; ++r) teach(r, b);
-        if (L.labels) frame.smoothing != 0 ? add_labels<true>(b) : add_labels<false>(b);
+        if (L.labels) add_target(0, b);
         for (int r = T; r-- > 0;) learn(L.teachers[r], b);  // while what they taught is in cache
         for (int e = 0; e < N; ++e)
-          if (teacher_number(e) < 0) learn(e, b);
+          if (targets.teacher_number(e) < 0) learn(e, b);
       }
       over_sizes([&](ExitSums<A>& size) {
         const int64_t until = rows_until(L, *size.resize, frame.top + frame.rows, frame.y1);
@@ -173,106 +148,127 @@ class SmallExits {
         }
       });
     }
-    losses.end_band(two ? L.temperature * L.temperature : L.temperature, partial);
+    losses.end_band(targets.two ? L.temperature * L.temperature : L.temperature, partial);
   }
 
   void begin_tile() {
-    const int64_t top = frame.top;
-    frame.rows = int(rows_of_tile(plan, top, frame.y1));
-    over_sizes([&](ExitSums<A>& size) { size.cut(top, frame.rows); });
-    for (int e = 0; e < N; ++e) lines[e].draw(frame);
+    frame.rows = int(rows_of_tile(plan, frame.top, frame.y1));
+    over_sizes([&](ExitSums<A>& size) { size.cut(frame.top, frame.rows); });
+    for (int e = 0; e < N; ++e)
+      if (!fulls[e].here) lines[e].draw(frame);
   }
 
   // ---- phase 1 ----
 
   void teach(int r, int64_t b) {
-    Teacher<V>& t = teachers[r];
-    switch (power) {
+    Teacher<V>& t = targets.teachers[r];
+    switch (targets.power) {
       case 1: target<1>(t, L.teachers[r], b); break;
       case 2: target<2>(t, L.teachers[r], b); break;
       case 3: target<3>(t, L.teachers[r], b); break;
       case 4: target<4>(t, L.teachers[r], b); break;
       default: target<0>(t, L.teachers[r], b);
     }
-    V q[kMostRows];
-    for (int i = 0; i < frame.rows; ++i) {
-      if (power == 1) t.Z[i] = t.Q[i];
-      const V w = pixels.soft[i];
-      const V factor = power == 1 ? A(1) / t.Q[i] : raw_target_factor(t.Z[i], tau);
-      t.weighted[i] = w == A(0) ? V{} : w * (power == 1 ? fill<V>(A(1)) : t.Q[i] * factor);
-      q[i] = w == A(0) ? V{} : w * factor;
-    }
-    over_sizes([&](ExitSums<A>& size) {
-      bool needed = false;
-      for (int e = 0; e < N; ++e) needed |= lines[e].size == &size && losses.taught(r + 1, e);
-      if (needed) size.add(vector_of(r + 1), b, PowerOf<1, V>{t.u, frame.apart}, q);
-    });
+    targets.weigh(t);
+    add_target(r + 1, b);
   }
   template <int POWER>
   void target(Teacher<V>& t, int e, int64_t b) {
-    exponentials.take(frame, pixels, lines[e], b, 1 / tau, Teaching<V, A, POWER>{t.u, tau}, t.Z, t.Q, t.less);
+    take(e, b, 1 / targets.tau, Teaching<V, A, POWER>{t.u, targets.tau}, t.Z, t.Q, t.less);
   }
-
-  template <bool SMOOTH>
-  void add_labels(int64_t b) {
-    OfLabels<SMOOTH, A> target;
-    target.hot = hot, target.rest = rest;
-    memcpy(target.label, pixels.label, sizeof target.label);
-    over_sizes([&](ExitSums<A>& size) { size.add(0, b, target, pixels.labelled); });
+  template <class Job>
+  void take(int e, int64_t b, A scale, const Job job, V* Z1, V* Z2, V* less) {
+    if (!fulls[e].here) return exponentials.take(frame, targets.pixels, lines[e], b, scale, job, Z1, Z2, less);
+    fulls[e].take(frame.rows, scale, job, Z1, Z2);
+    for (int i = 0; i < frame.rows; ++i) less[i] = V{};
+  }
+  // To Q, of all sizes of which exits learn it.
+  void add_target(int r, int64_t b) {
+    targets.with_target(r, [&](const auto& target, const V* weight) {
+      over_sizes([&](ExitSums<A>& size) {
+        bool needed = false;
+        for (int e = 0; e < N; ++e) needed |= lines[e].size == &size && losses.taught(r, e);
+        if (needed) size.add(targets.vector_of(r), b, target, weight);
+      });
+    });
   }
 
   // ---- phase 2 ----
 
   void learn(int e, int64_t b) {
-    const int self = teacher_number(e);
+    const int self = targets.teacher_number(e);
     const bool soft = T > (self >= 0 ? 1 : 0);
-    if (!L.labels && !soft) return;
-    const bool first = L.labels || !two, second = two && soft;  // which exponentials its losses have
-    const int raised = self >= 0 && !two ? power : 0;           // a teacher's exp(y) is that power of its u
+    if (!L.labels && !soft) {
+      if (fulls[e].here && L.grads[e].data) fulls[e].write_zeros(frame, b, e1);
+      return;
+    }
+    const bool first = L.labels || !targets.two, second = targets.two && soft;  // which exponentials its losses have
+    const int raised = self >= 0 && !targets.two ? targets.power : 0;  // a teacher's exp(y) is that power of its u
     V Z1[kMostRows], Z2[kMostRows], log1[kMostRows], log2_of[kMostRows], f1[kMostRows] = {}, f2[kMostRows] = {};
     V less[kMostRows];
     if (raised) {
-      memcpy(Z1, teachers[self].Z, sizeof Z1);
-      memcpy(less, teachers[self].less, sizeof less);
+      memcpy(Z1, targets.teachers[self].Z, sizeof Z1);
+      memcpy(less, targets.teachers[self].less, sizeof less);
     } else if (first && second) {
-      exponentials.take(frame, pixels, lines[e], b, A(1), Student<V, A, true, true>{e1, e2, 1 / tau}, Z1, Z2, less);
+      take(e, b, A(1), Student<V, A, true, true>{e1, e2, 1 / targets.tau}, Z1, Z2, less);
     } else if (second) {
-      exponentials.take(frame, pixels, lines[e], b, 1 / tau, Student<V, A, false, true>{e1, e2, A(1)}, Z1, Z2, less);
+      take(e, b, 1 / targets.tau, Student<V, A, false, true>{e1, e2, A(1)}, Z1, Z2, less);
     } else {
-      exponentials.take(frame, pixels, lines[e], b, A(1), Student<V, A, true, false>{e1, e2, A(1)}, Z1, Z2, less);
+      take(e, b, A(1), Student<V, A, true, false>{e1, e2, A(1)}, Z1, Z2, less);
     }
     for (int i = 0; i < frame.rows; ++i) {
       if (first) log1[i] = log2(Z1[i]) * A(kLn2) + less[i];
-      if (second) log2_of[i] = log2(Z2[i]) * A(kLn2) + less[i] / tau;
+      if (second) log2_of[i] = log2(Z2[i]) * A(kLn2) + less[i] / targets.tau;
     }
     const int vector = lines[e].vector, rows = frame.rows;
-    const bool gradient = vector >= 0;
-    if (L.labels) losses.add(0, e, rows, pixels.mass, pixels.labelled, log1, gradient, f1);
+    const bool gradient = L.grads[e].data;
+    if (L.labels) losses.add(0, e, rows, targets.pixels.mass, targets.pixels.labelled, log1, gradient, f1);
     for (int r = 1; r <= T; ++r) {
-      const V* const weight = teachers[r - 1].weighted;
-      if (losses.taught(r, e)) losses.add(r, e, rows, weight, weight, two ? log2_of : log1, gradient, two ? f2 : f1);
+      const V* const weight = targets.teachers[r - 1].weighted;
+      if (losses.taught(r, e))
+        losses.add(r, e, rows, weight, weight, targets.two ? log2_of : log1, gradient, targets.two ? f2 : f1);
     }
+    const FullExit<A>& full = fulls[e];
+    if (full.here) add_dots(e);
     if (!gradient) return;
-    ExitSums<A>& size = *lines[e].size;
-    for (int i = 0; i < frame.rows; ++i) {
+    for (int i = 0; i < rows; ++i) {
       if (first) f1[i] /= Z1[i];
       if (second) f2[i] /= Z2[i];
     }
+    auto put = [&](const auto& from, const V* factor) {
+      full.here ? full.set(rows, from, factor, e1) : lines[e].size->add(vector, b, from, factor);
+    };
     if (first && second) {
       V ones[kMostRows];
       for (V& one : ones) one = fill<V>(A(1));
-      size.add(vector, b, SumOfBoth<V>{e1, e2, f1, f2, frame.apart}, ones);
+      put(SumOfBoth<V>{e1, e2, f1, f2, frame.apart}, ones);
     } else if (second) {
-      size.add(vector, b, PowerOf<1, V>{e2, frame.apart}, f2);
+      put(PowerOf<1, V>{e2, frame.apart}, f2);
     } else {
-      const V* const u = raised ? teachers[self].u : e1;
+      const V* const u = raised ? targets.teachers[self].u : e1;
       switch (raised) {
-        case 2: size.add(vector, b, PowerOf<2, V>{u, frame.apart}, f1); break;
-        case 3: size.add(vector, b, PowerOf<3, V>{u, frame.apart}, f1); break;
-        case 4: size.add(vector, b, PowerOf<4, V>{u, frame.apart}, f1); break;
-        default: size.add(vector, b, PowerOf<1, V>{u, frame.apart}, f1);
+        case 2: put(PowerOf<2, V>{u, frame.apart}, f1); break;
+        case 3: put(PowerOf<3, V>{u, frame.apart}, f1); break;
+        case 4: put(PowerOf<4, V>{u, frame.apart}, f1); break;
+        default: put(PowerOf<1, V>{u, frame.apart}, f1);
       }
     }
+    if (full.here) finish_block(e, b, e1);
+  }
+  // Of an exit of the output's size: what is taught it, in the losses, and in its gradient g.
+  void add_dots(int e) {
+    for (int r = 0; r <= T; ++r)
+      if (losses.taught(r, e))
+        targets.with_target(r, [&](const auto& target, const V* weight) {
+          losses.dots[losses.entry(r, e)] += fulls[e].dot(frame.rows, target, weight);
+        });
+  }
+  void finish_block(int e, int64_t b, V* g) const {
+    for (int r = 0; r <= T; ++r)
+      targets.with_target(r, [&](const auto& target, const V* weight) {
+        fulls[e].subtract(frame.rows, target, losses.gain(r, e), weight, g);
+      });
+    fulls[e].write(frame, b, g);
   }
 
   // ---- what is left when the blocks have passed row i of the exits of a size ----
@@ -283,10 +279,10 @@ class SmallExits {
       if (lines[e].size != &size) continue;
       if (touched) lines[e].turn(i, frame.pitch, across);
       for (int r = 0; r <= T && touched; ++r)
-        if (losses.taught(r, e)) losses.dots[losses.entry(r, e)] += size.dot(vector_of(r), i, across);
+        if (losses.taught(r, e)) losses.dots[losses.entry(r, e)] += size.dot(targets.vector_of(r), i, across);
       if (lines[e].vector < 0) continue;
       for (int r = 0; r <= T && touched; ++r)
-        if (losses.gain(r, e) != 0) size.subtract(vector_of(r), losses.gain(r, e), lines[e].vector, i);
+        if (losses.gain(r, e) != 0) size.subtract(targets.vector_of(r), losses.gain(r, e), lines[e].vector, i);
       const A* const row = touched ? size.row(lines[e].vector, i) : nullptr;
       write_gradient(L, plan, e, frame.image, frame.band, i, row, frame.pitch);
     }
