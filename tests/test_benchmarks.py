@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import torch
 for extra in ("matplotlib", "rich"):
     pytest.importorskip(extra, reason="an extra of the commands")
 bench = pytest.importorskip("selfreg_fast.commands.bench")
+from selfreg_fast.commands import measure  # noqa: E402
 from selfreg_fast.commands.bench import cases, peers, report, trial  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +198,14 @@ def test_a_gpu_has_columns_of_its_own(capsys: pytest.CaptureFixture[str]) -> Non
     report.print_case(Console(width=160), SMALL, on_gpu)
     printed = capsys.readouterr().out
     assert "replay" in printed and "11.0" not in printed and " 11 " in printed and "0.432" in printed
+
+
+def test_steps_where_malloc_keeps_what_is_freed() -> None:
+    """A process of its own, since malloc reads its settings when one begins."""
+    assert measure.in_fresh_process(os.getenv, "MALLOC_MMAP_MAX_", malloc=measure.KEPT) == "0"
+    names = [cases.FUSED, cases.REFERENCE]
+    seconds = measure.in_fresh_process(trial.measure_kept, SMALL, names, 2, 1, malloc=measure.KEPT)
+    assert list(seconds) == names and all(0 < s < 60 for s in seconds.values())
 
 
 def test_growth_is_fitted() -> None:

@@ -139,15 +139,19 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
         return None
 
 
-def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """`function(*arguments)` in a new Python process in which malloc maps every block from 64 KiB on by itself.
+# What glibc's malloc reads when a process begins. By default it maps blocks of more than 32 MiB anew each time, whose
+# pages the kernels then are the first to touch; smaller ones come from a heap of which it gives back the end.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # blocks from 64 KiB on come and go one by one, which peak_bytes sees
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # all come from a heap that is never given back
 
-    There, :func:`peak_bytes` sees each tensor come and go. By default glibc raises that threshold up to 32 MiB as
-    blocks are freed, and then serves them from a heap that it seldom gives back.
+
+def in_fresh_process(function: Callable[..., T], *arguments: object, malloc: Mapping[str, str] = MAPPED) -> T:
+    """`function(*arguments)` in a new Python process with a malloc of its own settings.
 
     Args:
         function: importable by its module and name.
         arguments: they and the result must survive JSON.
+        malloc: environment variables, :data:`MAPPED` or :data:`KEPT`.
 
     Raises:
         RuntimeError: the process failed; the text is its last line of output.
@@ -156,7 +160,7 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     # -I: nothing of the working directory or of PYTHONPATH comes in before the parent's own path.
     child = subprocess.run(
         [sys.executable, "-I", "-c", _CHILD, call],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env={**os.environ, **malloc},
         capture_output=True,
         text=True,
     )

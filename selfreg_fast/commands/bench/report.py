@@ -15,10 +15,12 @@ from .trial import Record
 
 EXPLANATION = (
     "Times: median of a training step's parts, inputs cold, gradients allocated afresh; peers take turns, each "
-    "beginning with a step that is not counted. GB/s: bytes that must move, by both passes. Percent: of a copy's bytes "
-    "per second, and of the exponentials per second that this machine reached in the best of the rounds (one is needed "
-    "for each exit, channel and output pixel, at least). Peak: memory above the inputs. A half is computed under "
-    "autocast. On a GPU also: launches of a step, Python's time to enqueue it, its time as a CUDA graph replays it."
+    "beginning with a step that is not counted. Kept: both, where glibc's malloc keeps what is freed "
+    "(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776). GB/s: bytes that must move, by both passes. Percent: "
+    "of a copy's bytes per second, and of the exponentials per second that this machine reached in the best of the "
+    "rounds (one is needed for each exit, channel and output pixel, at least). Peak: memory above the inputs. A half "
+    "is computed under autocast. On a GPU also: launches of a step, Python's time to enqueue it, its time as a CUDA "
+    "graph replays it."
 )
 FEW = 0.1  # by which growth may differ from linear
 
@@ -43,7 +45,9 @@ def list_suites(console: Console, suites: Mapping[str, Sequence[Case]]) -> None:
 
 def print_case(console: Console, case: Case, records: Sequence[Record]) -> None:
     """A table with a row for each peer; below it what must move, and the notes."""
-    table = _table("", "fwd\nms", "bwd\nms", "both\nms", "20-80 %\nms", "x\nfused", "\nGB/s", "of a\ncopy", "of\nexp")
+    table = _table(
+        "", "fwd\nms", "bwd\nms", "both\nms", "20-80 %\nms", "kept\nms", "x\nfused", "\nGB/s", "of a\ncopy", "of\nexp"
+    )
     on_gpu = any(record["launches"] for record in records)
     for heading in ("peak\nMiB", "x\ngrads", *(("launch-\nes", "Python\nus", "replay\nms") if on_gpu else ())):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -57,6 +61,7 @@ def print_case(console: Console, case: Case, records: Sequence[Record]) -> None:
             record["peer"],
             *(_short(record[f"{phase}_ms"]) for phase in ("forward", "backward", "both")),
             f"{_short(record['both_ms_p20'])}-{_short(record['both_ms_p80'])}",
+            _short(record["kept_ms"]),
             _short(record["times_fused"], 2),
             _short(record["gb_per_s"], 2),
             f"{record['percent_of_copy']:.0f} %",

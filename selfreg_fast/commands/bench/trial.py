@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..measure import (
+    KEPT,
     Timing,
     cache_bytes,
     copying,
@@ -33,7 +35,7 @@ PHASES = ("prepare", "forward", "backward", "both")  # what is prepared is part 
 COLUMNS = (
     "suite case terms exits shape size dtype layout autocast temperature axis at peer".split()
     + [f"{phase}_ms{suffix}" for phase in PHASES for suffix in ("", "_p20", "_p80")]
-    + "times_fused bytes_to_move gb_per_s copy_gb_per_s percent_of_copy".split()
+    + "kept_ms times_fused bytes_to_move gb_per_s copy_gb_per_s percent_of_copy".split()
     + "exponentials gexp_per_s exp_gexp_per_s percent_of_exp limit percent_of_limit".split()
     + "gradient_bytes peak_bytes peak_over_gradients launches host_us replay_ms loss note".split()
 )
@@ -74,6 +76,11 @@ class Trial:
         self.finish()
 
 
+def sets_of_inputs(case: Case, device: str) -> int:
+    """As many as fill the caches; of tiny ones not as many, for their time is not memory's."""
+    return min(max(2, math.ceil(cache_bytes(device) / (case.exits * case.exit_bytes))), MOST_SETS)
+
+
 def make_inputs(case: Case, device: str, sets: int) -> tuple[list[list[Tensor]], Tensor]:
     """Exits, and as many copies as it takes to make `sets`, and labels of which one in twenty is ignored."""
     generator = torch.Generator(device).manual_seed(0)
@@ -103,8 +110,7 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
         repeats: rounds in which all peers take turns.
         advance: called now and then, `steps(case, repeats)` times if no peer fails.
     """
-    # As many as fill the caches; of tiny ones not as many, for their time is not memory's.
-    sets = min(max(2, math.ceil(cache_bytes(device) / (case.exits * case.exit_bytes))), MOST_SETS)
+    sets = sets_of_inputs(case, device)
     made, labels = make_inputs(case, device, sets)
     records = {name: describe(case, name) for name in case.peers}
     with torch.no_grad():
@@ -131,6 +137,13 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
         peaks = in_fresh_process(measure_peaks, case, list(trials))
     advance()
 
+    kept: dict[str, float] = {}
+    if device == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Those that compile would have to once more.
+        names = [name for name in trials if "compiled" not in name]
+        kept = in_fresh_process(measure_kept, case, names, repeats, torch.get_num_threads(), malloc=KEPT)
+    advance()
+
     limits = {"copy": copying(device), "exp": exponentials(device)}
     steps = {name: [t.prepare, t.forward, t.backward, t.finish] for name, t in trials.items()}
     samples = sample_seconds({**{n: [x.function] for n, x in limits.items()}, **steps}, repeats, device, advance)
@@ -142,6 +155,8 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
         forward = [p + f for p, f in zip(prepare, forward, strict=True)]
         for phase, seconds in zip(PHASES, (prepare, forward, backward, both), strict=True):
             record |= milliseconds(phase, seconds)
+        if name in kept:
+            record["kept_ms"] = round(1e3 * kept[name], 4)
         if FUSED in step_seconds:
             ratios = [theirs / fused for theirs, fused in zip(both, step_seconds[FUSED], strict=True)]
             record["times_fused"] = round(statistics.median(ratios), 3)
@@ -161,7 +176,7 @@ def measure(case: Case, device: str, repeats: int, advance: Callable[[], object]
 
 def steps(case: Case, repeats: int) -> int:
     """How often :func:`measure` calls `advance`."""
-    return len(case.peers) + 1 + (len(case.peers) + 2) * (repeats + 1)
+    return len(case.peers) + 2 + (len(case.peers) + 2) * (repeats + 1)
 
 
 def measure_peaks(case: Sequence[Any], names: Sequence[str]) -> dict[str, int | None]:
@@ -174,6 +189,17 @@ def measure_peaks(case: Sequence[Any], names: Sequence[str]) -> dict[str, int | 
         trial.run()
         peaks[name] = peak_bytes(trial.run)
     return peaks
+
+
+def measure_kept(case: Sequence[Any], names: Sequence[str], repeats: int, threads: int) -> dict[str, float]:
+    """On the CPU, seconds of a step of each named peer; meant for a fresh process whose malloc keeps what is freed."""
+    case = Case(*case)
+    torch.set_num_threads(threads)
+    made, labels = make_inputs(case, "cpu", sets_of_inputs(case, "cpu"))
+    trials = {name: Trial(build(name, case, "cpu"), case, itertools.cycle(made), labels) for name in names}
+    steps = {name: [t.prepare, t.forward, t.backward, t.finish] for name, t in trials.items()}
+    samples = sample_seconds(steps, repeats, "cpu")
+    return {name: statistics.median(map(sum, zip(*sample[:3], strict=True))) for name, sample in samples.items()}
 
 
 def describe(case: Case, peer: str) -> Record:
