@@ -119,7 +119,7 @@ struct ExitLines {
   void turn(int64_t i, int64_t pitch, A* to) const {
     const A* const from = row(i);
     for (int64_t x = 0; x < exit->W; x += kLanes)
-      for (int64_t c = int64_t(C - 1) / kLanes * kLanes; c >= 0; c -= kLanes) {  // as the last reaches further
+      for (int64_t c = int64_t(C - 1) / kLanes * kLanes; c >= 0; c -= kLanes) {  // the last first: it overlaps
         V square[kLanes];
         for (int k = 0; k < kLanes; ++k) square[k] = c + k < C ? load<V>(from + (c + k) * line + x) : V{};
         transpose<V, VInt>(square);

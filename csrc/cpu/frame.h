@@ -22,7 +22,7 @@ struct Frame {
   const Plan& plan;
   int C;
   A smoothing, class_w_sum;  // what label smoothing gives to a class of weight 1; the sum of the weights
-  int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next: half vectors
+  int64_t blocks, pitch;     // vectors of a row of the output; numbers from a column of a sum to the next
   int64_t apart;             // in a block, vectors from a channel to the next: as many as a block may have rows
   int64_t image, band;
   int64_t y0, y1;  // the band: output rows [y0, y1)

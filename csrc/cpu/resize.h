@@ -1,6 +1,6 @@
 // Exits of another size than the output's: bilinear interpolation of a tile's logits, and the way back of its gradient.
 // No tensor of the output's size exists; a tile's interpolated logits live in cache and are gone when it is done. It is
-// for larger exits, for full-size exits among others, and for what small_exits.cpp has not.
+// for larger exits, and for what small_exits.cpp has not.
 //
 // Why so. A tile is many rows high, so that the work at the exit's own resolution is shared: its rows are read once a
 // tile, interpolated vertically at their own width, and only then spread. On the way back the rows of a tile between

@@ -84,7 +84,7 @@ struct TileWork {
   const int C, N, T;
   const A tau;
   const bool soft_two, gradient, teacher_learns;  // soft losses have exp(y / tau), not exp(y); one is wanted
-  A class_w_sum, smoothing;  // what label smoothing gives to a class of weight 1; the sum of the weights
+  A class_w_sum, smoothing;  // the sum of the weights of classes; what label smoothing gives to one of weight 1
   int64_t ld;  // from a row to the next: a line more than a multiple of the vector, so that rows share no cache sets
   int64_t begin, spans, span;  // the tile's first pixel; it has `spans` times `span` consecutive ones, a row apart
   int64_t n, width;            // pixels of the tile; rounded up to vectors
