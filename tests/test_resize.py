@@ -233,7 +233,7 @@ def test_larger_exits_need_no_other_kernels(backend: Backend, monkeypatch: pytes
         for i, (a, e, t) in enumerate(zip(actual[1:], exact[1:], touched, strict=True)):
             floor = smallest(how["dtype"]) + 64 * torch.finfo(wide).eps * max(1, math.prod(size) / math.prod(sizes[i]))
             assert_close(a, e, RELATIVE[how["dtype"]], floor, f"gradient of exit {i}")
-            assert torch.equal(a != 0, t != 0), f"gradient of exit {i}: where it is 0"
+            assert not a[t == 0].any() and a[e.abs() > floor].all(), f"gradient of exit {i}: where it is 0"
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 

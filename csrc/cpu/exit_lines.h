@@ -1,4 +1,4 @@
-// An exit's rows under a tile, less their maxima over channels, and y of a block of the output that lies on them.
+// A resized exit's rows under a tile, less their maxima over channels, and y of a block that lies on them.
 #pragma once
 
 #include "exit_sums.h"
@@ -38,7 +38,7 @@ struct ExitLines {
   // Draws the rows that the tile needs.
   void draw(const Frame<A>& frame) {
     const AxisTable& axis = size->resize->rows;
-    if (frame.top == frame.y0) drawn = axis.low[frame.top];
+    if (frame.top == frame.y0 || drawn < axis.low[frame.top]) drawn = axis.low[frame.top];
     const int64_t last = axis.high(frame.top + frame.rows - 1);
     for (int64_t& i = drawn; i <= last; ++i) {
       if constexpr (sizeof(A) == 8) {
@@ -93,10 +93,18 @@ struct ExitLines {
     const A* const lower = row(span.low + span.both) + size->first[b];
     const VInt left = load<VInt>(size->column + b * kLanes);
     const V weight = load<V>(size->to_right + b * kLanes);
+    // Those to the left and to the right of the block's columns, out of one vector, two, or any number.
     auto between_columns = [&](const A* from, auto vectors) {
-      const V a = load<V>(from), next = vectors.value > 1 ? load<V>(from + kLanes) : a;
-      const V l = vectors.value > 1 ? shuffle(a, next, left) : shuffle(a, left);
-      const V r = vectors.value > 1 ? shuffle(a, next, left + 1) : shuffle(a, left + 1);
+      V l, r;
+      if constexpr (vectors.value == 1) {
+        const V a = load<V>(from);
+        l = shuffle(a, left), r = shuffle(a, left + 1);
+      } else if constexpr (vectors.value == 2) {
+        const V a = load<V>(from), next = load<V>(from + kLanes);
+        l = shuffle(a, next, left), r = shuffle(a, next, left + 1);
+      } else {
+        for (int k = 0; k < kLanes; ++k) l[k] = from[left[k]], r[k] = from[left[k] + 1];
+      }
       return (l + weight * (r - l)) * scale;
     };
     auto all_channels = [&](auto vectors) {
@@ -105,7 +113,11 @@ struct ExitLines {
         to[c][0] = above, to[c][1] = between_columns(lower + c * line, vectors) - above;
       }
     };
-    size->wide[b] ? all_channels(Number<2>{}) : all_channels(Number<1>{});
+    switch (size->vectors_of[b]) {
+      case 1: all_channels(Number<1>{}); break;
+      case 2: all_channels(Number<2>{}); break;
+      default: all_channels(Number<3>{});
+    }
   }
   // y of a pixel, where numbers may not be finite: of what a pixel does not lie on, nothing comes in.
   A pixel(const Span& span, int c, int64_t x, int64_t b, int r) const {

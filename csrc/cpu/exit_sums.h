@@ -1,41 +1,11 @@
-// What is summed at the resolution of the exits of a size: Q of the labels and of each teacher, S of each exit.
+// What is summed at the resolution of the exits of a size: small ones' Q of the labels and of each teacher, and S of
+// each; of the others, gradients.
 #pragma once
 
-#include "frame.h"  // and with it vec.h: before pixel_math.h, whose templates call its exp2_of and log2
+#include "frame.h"
 #include "gradient_rows.h"
-#include "pixel_weights.h"
-
-#include "../pixel_math.h"
 
 namespace {
-
-// What is added up: u^POWER of a block's exponentials u [C, apart];
-template <int POWER, class V>
-struct PowerOf {
-  const V* u;
-  int64_t apart;
-  SELFREG_ALWAYS V operator()(int c, int r) const { return selfreg::power<POWER>(u[c * apart + r]); }
-};
-// two kinds of exponentials, each times a factor of its own;
-template <class V>
-struct SumOfBoth {
-  const V *e1, *e2, *f1, *f2;
-  int64_t apart;
-  SELFREG_ALWAYS V operator()(int c, int r) const { return e1[c * apart + r] * f1[r] + e2[c * apart + r] * f2[r]; }
-};
-// the labels' target, but for the pixel's weight. Those that do not count are negative.
-template <bool SMOOTH, class A>
-struct OfLabels {
-  using V = typename VecOf<A>::V;
-  using VInt = typename VecOf<A>::VInt;
-  const VInt* label;    // [rows]
-  const A *hot, *rest;  // [C] of the label, of another class
-  OfLabels(const VInt* label, const A* hot, const A* rest) : label(label), hot(hot), rest(rest) {}
-  SELFREG_ALWAYS V operator()(int c, int r) const {
-    const V other = SMOOTH ? label[r] < 0 ? V{} : fill<V>(rest[c]) : V{};
-    return label[r] == typename VecOf<A>::Int(c) ? fill<V>(hot[c]) : other;
-  }
-};
 
 // Rows are kept from the span that lies below them, until it is done, in a ring.
 template <class A>
@@ -54,7 +24,7 @@ struct ExitSums {
   A *to_right, *to_left;  // [output columns] weights of the columns to the right and to the left; 0 beyond the last
   Int* column;            // [output columns] the column to the left, counted from `first`
   int32_t* first;         // [blocks] the block's first column
-  bool* wide;             // [blocks] whether it lies on more columns than a vector holds
+  int8_t* vectors_of;     // [blocks] how many vectors the block's columns lie in; 3: more than two
   A* sums;                // [vectors, ring, width + 1, pitch]
   V *above, *none;        // [pitch] a span's sums for the exit's row above, at the output's columns; zeros
   V* carried;             // [vectors, blocks, C] those for the row below, with which the next span goes on
@@ -63,7 +33,8 @@ struct ExitSums {
   int64_t y0;             // where the band begins
   Span spans[kMostRows];  // of the tile
   int count;
-  bool begins, goes_on;  // the first span is the band's first; it began in the tile above
+  bool begins, goes_on;  // nothing is carried for the first span; it began in the tile above
+  bool carries;          // the tile's last span does
   A down[kMostRows];     // of each row of the tile: the weight of the exit's row below
 
   // The sums of `exits` gradients.
@@ -76,8 +47,8 @@ struct ExitSums {
     to_left = m.template take<A>(columns);
     column = m.template take<Int>(columns);
     first = m.template take<int32_t>(frame.blocks);
-    wide = m.template take<bool>(frame.blocks);
-    vectors = targets(frame.L) + exits;
+    vectors_of = m.template take<int8_t>(frame.blocks);
+    vectors = first_exit(frame.L, *resize) + exits;
     sums = m.template take<A>(vectors * ring * row_numbers);
     above = m.template take<V>(pitch);
     none = m.template take<V>(C);
@@ -85,7 +56,9 @@ struct ExitSums {
     carried = m.template take<V>(vectors * blocks * C);
     added = m.template take<bool>(vectors);
   }
-  static int targets(const ExitLoss& L) { return L.T + (L.labels != nullptr); }
+  static int first_exit(const ExitLoss& L, const Resize& resize) {
+    return resize.small ? L.T + (L.labels != nullptr) : 0;
+  }
 
   A* row(int vector, int64_t i) const { return sums + (vector * ring + i % ring) * row_numbers; }
 
@@ -96,13 +69,14 @@ struct ExitSums {
     for (int v = 0; v < vectors; ++v) added[v] = false;
     for (int64_t b = 0; b < frame.blocks; ++b) {
       first[b] = axis.low[b * kLanes];
-      wide[b] = false;
+      vectors_of[b] = 1;
       for (int64_t x = b * kLanes; x < (b + 1) * kLanes; ++x) {
         const bool there = x < frame.plan.width;
         column[x] = Int(axis.low[there ? x : frame.plan.width - 1] - first[b]);
         to_right[x] = there ? A(axis.weight[x]) : A(0);
         to_left[x] = there ? 1 - to_right[x] : A(0);
-        wide[b] |= column[x] + 1 >= kLanes;
+        const int8_t vector = column[x] + 1 < kLanes ? 1 : column[x] + 1 < 2 * kLanes ? 2 : 3;
+        vectors_of[b] = vector > vectors_of[b] ? vector : vectors_of[b];
       }
     }
   }
@@ -117,7 +91,8 @@ struct ExitSums {
     const AxisTable& axis = resize->rows;
     count = 0;
     goes_on = top > y0 && axis.low[top] == axis.low[top - 1];
-    begins = top == y0;
+    begins = top == y0 || axis.low[top] > axis.low[top - 1] + 1;
+    carries = true;
     for (int r = 0; r < rows; ++r) {
       const int64_t low = axis.low[top + r];
       if (r == 0 || low != axis.low[top + r - 1]) spans[count++] = {r, r, low, false};
@@ -132,9 +107,10 @@ struct ExitSums {
     for (int v = 0; v < vectors; ++v) memset(row(v, opened), 0, row_numbers * sizeof(A));
     ++opened;
   }
-  // The row below the band's last span: what was carried is all of it.
+  // The row below the last span, where none goes on from it: what was carried is all of it.
   void add_carried() {
     open_row();
+    carries = false;
     for (int v = 0; v < vectors; ++v)
       for (int64_t b = 0; added[v] && b < blocks; ++b) {
         memcpy(above, carried + (v * blocks + b) * C, C * sizeof(V));

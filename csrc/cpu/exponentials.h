@@ -2,6 +2,7 @@
 #pragma once
 
 #include "exit_lines.h"
+#include "full_size.h"
 
 namespace {
 
@@ -38,43 +39,73 @@ struct Teaching {
   }
 };
 
-// Blocks are [C, frame.apart].
+// A student that is a teacher: exp(y) is a power of its u.
+template <class V, class A, int POWER>
+struct Raising {
+  static constexpr bool kNeedsFirst = true;
+  V* e1;
+  const V* u;
+  template <class Exp2>
+  SELFREG_ALWAYS void put(int64_t at, V, V& Z1, V&, Exp2) const {
+    const V e = selfreg::power<POWER>(u[at]);
+    e1[at] = e, Z1 += e;
+  }
+};
+
+// Of a resized exit.
 template <class A>
 struct Exponentials {
   using V = typename VecOf<A>::V;
   using VInt = typename VecOf<A>::VInt;
   static constexpr int kLanes = sizeof(V) / sizeof(A);
 
+  const Frame<A>& frame;
   V (*columns)[2];  // [C] of a span
-  V* y;             // with care
+  V* careful;       // [C, frame.apart] see Logits
 
-  void lay_out(Memory& m, const Frame<A>& frame) {
+  explicit Exponentials(const Frame<A>& frame) : frame(frame) {}
+  void lay_out(Memory& m) {
     columns = m.template take<V[2]>(frame.C);
-    y = m.template take<V>(frame.C * frame.apart);
+    careful = m.template take<V>(frame.C * frame.apart);
   }
 
   // Hands y of block b, times `scale` / ln 2, to `job`, whose sums go to Z1 and Z2; what y is taken less of to `less`.
   template <class Job>
-  void take(const Frame<A>& frame, const PixelWeights<A>& pixels, const ExitLines<A>& lines, int64_t b, A scale,
-            const Job job, V* Z1, V* Z2, V* less) {
+  void take(const ExitLines<A>& lines, int64_t b, const V* counted, A scale, const Job job, V* Z1, V* Z2,
+            V* less) const {
     // Where tau is small, exp(y / tau) underflows sooner than what tells.
     if (!lines.odd && frame.L.temperature >= 1) {
       for (int s = 0; s < lines.size->count; ++s) {
         const Span& span = lines.size->spans[s];
         lines.spread(span, b, scale, columns);
-        over_groups(span, [&](auto group, int r) { rows<group.value>(frame, job, lines.size->down + r, r, Z1, Z2); });
+        over_groups(span, [&](auto group, int r) { rows<group.value>(job, lines.size->down + r, r, Z1, Z2); });
       }
       VInt small{};
       for (int r = 0; r < frame.rows; ++r) small |= (Job::kNeedsFirst ? Z1 : Z2)[r] < fill<V>(A(1e-12));
       for (int r = 0; r < frame.rows; ++r) less[r] = V{};
       if (!any(small)) return;
     }
-    with_care(frame, pixels, lines, b, scale, job, Z1, Z2, less);
+    Logits<A> logits{careful, {}, A(1)};
+    interpolate_with_care(lines, b, counted, careful);
+    const FullSize<A> full(frame);
+    full.find_maxima(counted, logits);
+    full.template exponentials<0>(logits, scale, job, nullptr, Z1, Z2, nullptr, Ahead{});
+    for (int r = 0; r < frame.rows; ++r) less[r] = logits.most[r] * A(kLn2);
+  }
+  // To z of block b; see Logits.
+  void interpolate(const ExitLines<A>& lines, int64_t b, const V* counted, V* z) const {
+    if (lines.odd) return interpolate_with_care(lines, b, counted, z);
+    for (int s = 0; s < lines.size->count; ++s) {
+      const Span& span = lines.size->spans[s];
+      lines.spread(span, b, A(1), columns);
+      for (int r = span.begin; r < span.end; ++r)
+        for (int c = 0; c < frame.C; ++c) z[c * frame.apart + r] = columns[c][0] + lines.size->down[r] * columns[c][1];
+    }
   }
 
  private:
   template <int G, class Job>
-  void rows(const Frame<A>& frame, const Job job, const A* weights, int r, V* Z1, V* Z2) const {
+  void rows(const Job job, const A* weights, int r, V* Z1, V* Z2) const {
     const int64_t apart = frame.apart;
     const V(*const from)[2] = columns;
     V first[G] = {}, second[G] = {}, weight[G];
@@ -86,25 +117,14 @@ struct Exponentials {
     }
     for (int g = 0; g < G; ++g) Z1[r + g] = first[g], Z2[r + g] = second[g];
   }
-
-  // The same where numbers are not finite, or maxima far apart. Pixels that do not count have y = 0.
-  template <class Job>
-  void with_care(const Frame<A>& frame, const PixelWeights<A>& pixels, const ExitLines<A>& lines, int64_t b, A scale,
-                 const Job job, V* Z1, V* Z2, V* less) const {
-    const V* const counted = pixels.counted(frame.L);
+  // Number by number, for some may not be finite. Pixels that do not count are 0.
+  void interpolate_with_care(const ExitLines<A>& lines, int64_t b, const V* counted, V* z) const {
     for (int s = 0; s < lines.size->count; ++s) {
       const Span& span = lines.size->spans[s];
       for (int r = span.begin; r < span.end; ++r)
         for (int c = 0; c < frame.C; ++c)
           for (int k = 0; k < kLanes; ++k)
-            y[c * frame.apart + r][k] = counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
-    }
-    for (int r = 0; r < frame.rows; ++r) {
-      V most = y[r];
-      for (int c = 1; c < frame.C; ++c) most = larger(y[c * frame.apart + r], most);
-      Z1[r] = Z2[r] = V{}, less[r] = most * A(kLn2);
-      for (int64_t at = r; at < frame.C * frame.apart; at += frame.apart)
-        job.put(at, (y[at] - most) * scale, Z1[r], Z2[r], [](V x) { return exp2_of(x, A(1)); });
+            z[c * frame.apart + r][k] = counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
     }
   }
 };

@@ -1,17 +1,19 @@
-// Where a worker of small_exits.cpp is, and what all of its parts know.
+// Where a worker of exit_loss.cpp is, and what all of its parts know.
 #pragma once
 
 #include <string.h>
 
 #include "cpu.h"
 #include "memory.h"
-#include "vec.h"
+#include "vec.h"  // before pixel_math.h, whose templates call its exp2_of and log2
+
+#include "../pixel_math.h"
 
 namespace {
 
 using namespace selfreg;
 
-constexpr int kMostRows = 8;  // of any block
+constexpr int kMostRows = 32;  // of any block
 
 template <class A>
 struct Frame {
@@ -34,7 +36,7 @@ struct Frame {
     class_w_sum = 0;
     for (int c = 0; smoothing != 0 && c < C; ++c) class_w_sum += class_weight(c);
     blocks = (plan.width + kLanes - 1) / kLanes;
-    apart = plan.block_rows;
+    apart = plan.tile_rows;
     constexpr int64_t kHalf = kLanes / 2;
     pitch = (C + kHalf - 1) / kHalf * kHalf;
   }
@@ -44,7 +46,24 @@ struct Frame {
     while (L.exits[first].H != L.exits[e].H || L.exits[first].W != L.exits[e].W) ++first;
     return first;
   }
+  // Of row r in block b: the number of the first pixel among all, and how many there are.
+  int64_t pixel(int r, int64_t b) const { return image * plan.image_pixels + (top + r) * plan.width + b * kLanes; }
+  int columns(int r, int64_t b) const {
+    const int64_t of_row = plan.width - b * kLanes, of_image = plan.image_pixels - (top + r) * plan.width - b * kLanes;
+    const int64_t left = of_row < of_image ? of_row : of_image;
+    return int(left < kLanes ? left : kLanes);
+  }
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
+};
+
+// A block of an exit at the output's resolution: [C, frame.apart] vectors of pixels. y = (z - most) unit, in units of
+// ln 2.
+template <class A>
+struct Logits {
+  using V = typename VecOf<A>::V;
+  V* z;
+  V most[kMostRows];  // of the channels of a pixel
+  A unit;
 };
 
 // Rows [begin, end) of a tile lie between rows `low` and low + 1 of an exit; `both`: some of them on the latter, too.

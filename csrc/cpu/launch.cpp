@@ -1,4 +1,4 @@
-// The CPU backend's launch: phase 0 over the labels, bands of tiles to threads, phase 3 in a fixed order. No torch type
+// The CPU backend's launch: phase 0 over the labels, bands to threads, phase 3 in a fixed order. No torch type
 // in here but parallel_for.
 #include "launch.h"
 
@@ -22,16 +22,6 @@
 
 namespace selfreg {
 namespace {
-
-// Pixels a tile: its rows (one exit's, and each teacher's logits and targets) should stay in a core's L2 cache.
-int64_t tile_pixels(const ExitLoss& launch, int64_t pixels) {
-  const int64_t number = launch.dtype == DType::float64 ? 8 : 4;
-  const int64_t rows =
-      launch.C * (1 + launch.T * (launch.detach_teacher ? 2 : 3) + (launch.target == Target::renormalized ? 1 : 0));
-  const int64_t budget = int64_t(512) * 1024 / (rows * number);
-  // At least 16 tiles, to share; at least a few vectors a row.
-  return std::clamp<int64_t>(std::min(budget, pixels / 16) / 64 * 64, 64, 1024);
-}
 
 #ifdef SELFREG_X86_ISAS
 // By cpuid: GCC 10 and Clang 16 do not know the name in __builtin_cpu_supports.
@@ -120,17 +110,24 @@ struct AxisMemory {
   AxisTable table(int64_t size) const { return {size, low.data(), weight.data()}; }
 };
 
-constexpr int64_t kMostLanes = 16;  // kernels read `place` a vector at a time
+// Whether sums at an exit's own resolution will do. They leave nothing of it at the output's, and so no maps of losses,
+// no argmax and nothing for teachers that learn; of larger exits they would be no smaller, and where a position has
+// more pixels, they would lose digits. Of one class, gradients are to be exactly 0, not a small difference.
+bool is_small(const ExitLoss& launch, const View& exit) {
+  const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
+  if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;
+  const int64_t pixels = launch.H * launch.W / std::max<int64_t>(1, exit.H * exit.W);
+  return exit.H <= launch.H && exit.W <= launch.W && pixels <= 1 << 14;
+}
 
 // The memory behind a Resize.
 struct ResizeMemory {
   AxisMemory rows, columns;
-  std::vector<int32_t> place, taken, count;
   std::vector<double> shared;  // whatever A is: room for as many of it
 
   ResizeMemory(const ExitLoss& launch, const View& exit, Resize& to)
       : rows(exit.H, launch.H, launch.align_corners), columns(exit.W, launch.W, launch.align_corners) {
-    to.needed = true;
+    to.needed = true, to.small = is_small(launch, exit);
     to.rows = rows.table(exit.H), to.columns = columns.table(exit.W);
   }
   // What depends on how the launch is cut.
@@ -138,126 +135,150 @@ struct ResizeMemory {
     for (int64_t band = 0; band < plan.bands; ++band) {
       const int64_t begin = plan.begins[band], end = plan.begins[band + 1];
       for (int64_t y = begin, rows; y < end; y += rows) {
-        rows = plan.block_rows ? rows_of_tile(plan, y, end) : std::min(plan.tile_rows, end - y);
+        rows = rows_of_tile(plan, y, end);
         to.held_rows = std::max(to.held_rows, to.rows.high(y + rows - 1) - to.rows.low[y] + 1);
         to.upper_rows = std::max<int64_t>(to.upper_rows, to.rows.low[y + rows - 1] - to.rows.low[y] + 1);
       }
       if (band > 0) to.shared_rows = std::max(to.shared_rows, to.rows.high(begin - 1) - to.rows.low[begin] + 1);
     }
-    if (!plan.block_rows) list_columns(launch, plan, to);
     if (!gradient) return;
     const int64_t rows = launch.B * (plan.bands - 1) * to.shared_rows * shared_sides(launch);
     const int64_t numbers = rows * launch.C * to.columns.size;
     shared.resize(launch.dtype == DType::float64 ? numbers : (numbers + 1) / 2);
     to.shared = shared.data();
   }
-
- private:
-  void list_columns(const ExitLoss& launch, const Plan& plan, Resize& to) {
-    place.resize(launch.W + kMostLanes);
-    taken.resize(plan.tiles_across * plan.tile_columns * 2);
-    count.resize(plan.tiles_across);
-    to.place = place.data(), to.taken = taken.data(), to.count = count.data();
-    for (int64_t segment = 0; segment < plan.tiles_across; ++segment) {
-      int32_t* const first = taken.data() + segment * plan.tile_columns * 2;
-      int32_t* last = first;
-      const int64_t x0 = segment * plan.tile_columns, x1 = std::min(x0 + plan.tile_columns, launch.W);
-      for (int64_t x = x0; x < x1; ++x) {
-        for (int32_t column = columns.low[x]; column <= to.columns.high(x); ++column)
-          if (last == first || last[-1] < column) *last++ = column;
-        place[x] = int32_t(std::lower_bound(first, last, columns.low[x]) - first);
-      }
-      count[segment] = int32_t(last - first);
-      to.most_columns = std::max<int64_t>(to.most_columns, count[segment]);
-    }
-  }
 };
-
-bool is_resized(const ExitLoss& launch, const View& exit) { return exit.H != launch.H || exit.W != launch.W; }
 
 // ---- plan ----------------------------------------------------------------------------------------------------------
 
-// Whether small_exits.cpp will do: for smaller exits, with others of the output's size among them. It keeps nothing of
-// the former at the output's resolution, and so has no maps of losses, no argmax and nothing for teachers that learn;
-// of larger exits its sums would be no smaller, and where a position has more pixels, they would lose digits.
-bool are_small(const ExitLoss& launch) {
-  const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
-  // Of one class, gradients are to be exactly 0, not a small difference.
-  if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;
-  return std::all_of(launch.exits, launch.exits + launch.N, [&](const View& v) {
-    const int64_t pixels = launch.H * launch.W / std::max<int64_t>(1, v.H * v.W);
-    return v.H <= launch.H && v.W <= launch.W && pixels <= 1 << 14;
-  });
+// Pixels of a tensor of the output's size come in runs of `length` at a fixed `step`: the whole batch, an image, or a
+// row.
+struct Runs {
+  int64_t length, step;
+};
+
+Runs runs_of(const View& v, const ExitLoss& launch) {
+  Runs r{1, 1};
+  const int64_t sizes[] = {launch.W, launch.H, launch.B}, strides[] = {v.stride_w, v.stride_h, v.stride_b};
+  for (int d = 0; d < 3; ++d) {
+    if (sizes[d] == 1) continue;
+    if (r.length == 1) {
+      r = {sizes[d], strides[d]};
+    } else if (strides[d] == r.length * r.step) {
+      r.length *= sizes[d];
+    } else {
+      break;
+    }
+  }
+  return r;
 }
+
+// A launch as it is cut. Where all pixels of an image, or of the batch, are a run in every tensor, they are laid in
+// rows of one vector, so that a block has as many as it can hold, side by side.
+struct Cut {
+  ExitLoss launch;
+  std::vector<View> exits, grads;
+  bool laid_in_rows = false;
+
+  explicit Cut(const ExitLoss& given)
+      : launch(given), exits(given.exits, given.exits + given.N), grads(given.grads, given.grads + given.N) {}
+  Cut(const Cut&) = delete;
+
+  void lay_in_rows(int64_t row) {
+    const int64_t image = launch.H * launch.W, all = launch.B * image;
+    int64_t shortest = all;
+    auto over_views = [&](auto f) {
+      for (View& v : exits) f(v);
+      for (View& v : grads)
+        if (v.data) f(v);
+    };
+    over_views([&](const View& v) { shortest = std::min(shortest, runs_of(v, launch).length); });
+    if (shortest < image) return;
+    const int64_t images = shortest == all ? 1 : launch.B, height = (all / images + row - 1) / row;
+    over_views([&](View& v) {
+      const int64_t step = runs_of(v, launch).step;
+      v = {v.data, v.stride_b, v.stride_c, row * step, step, height, row};
+    });
+    launch.B = images, launch.H = height, launch.W = row;
+    launch.exits = exits.data(), launch.grads = grads.data();
+    laid_in_rows = true;
+  }
+};
 
 // Where bands of about `rows` output rows begin: with a span of the finest exits', if those are not longer, so that
 // none is cut in two and bands share one of its rows, not two.
-std::vector<int64_t> begins_at_spans(const ExitLoss& launch, const AxisTable& finest, int64_t rows) {
-  const bool anywhere = finest.size * rows < launch.H;
+std::vector<int64_t> begins_at_spans(const ExitLoss& launch, const AxisTable* finest, int64_t rows) {
+  const bool anywhere = !finest || finest->size * rows < launch.H;
   std::vector<int64_t> begins{0};
-  for (int64_t y = 1; y < launch.H; ++y)
-    if (y / rows > begins.back() / rows && (anywhere || finest.low[y] != finest.low[y - 1])) begins.push_back(y);
+  for (int64_t y = rows; y < launch.H; y = (y / rows + 1) * rows) {
+    while (y < launch.H && !anywhere && finest->low[y] == finest->low[y - 1]) ++y;
+    if (y < launch.H) begins.push_back(y);
+  }
   begins.push_back(launch.H);
   return begins;
 }
 
-// Returns where bands begin.
-std::vector<int64_t> cut(const ExitLoss& launch, Plan& plan) {
-  int64_t most = tile_pixels(launch, plan.pixels);
-  if (!plan.resizes) {
-    plan.images = plan.tiles_down = plan.tiles_across = plan.tile_rows = 1;
-    plan.tile_columns = plan.width = most;
-    plan.tiles = plan.bands = plan.height = (plan.pixels + most - 1) / most;
-    return {};
-  }
-  // Tiles of several rows: an exit's row is shared by those that it is interpolated to, and so is the work of gathering
-  // the gradient. At least 16 bands, to share out.
-  constexpr int64_t kColumns = 128, kPixels = 512, kBands = 16;
-  most = std::min(most, kPixels);
-  auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+std::vector<int64_t> where_bands_begin(const Cut& cut, Plan& plan) {
+  const ExitLoss& launch = cut.launch;
+  const Resize* const end = plan.resizes + launch.N;
   plan.images = launch.B, plan.height = launch.H, plan.width = launch.W;
-  if (are_small(launch)) {  // bands are not cut further
-    plan.block_rows = launch.C <= 64 ? 8 : 4;
-    plan.tile_columns = plan.width, plan.tiles_across = plan.tiles_down = 1;
-    plan.tile_rows = parts(plan.height, std::min(plan.height, parts(kBands, plan.images)));
-    const auto less = [](const Resize& a, const Resize& b) { return a.rows.size < b.rows.size; };
-    plan.finest = &std::max_element(plan.resizes, plan.resizes + launch.N, less)->rows;
-    std::vector<int64_t> begins = begins_at_spans(launch, *plan.finest, plan.tile_rows);
-    plan.bands = int64_t(begins.size()) - 1;
-    plan.tiles = plan.images * plan.bands;
-    return begins;
-  }
-  plan.tile_columns = parts(plan.width, parts(plan.width, std::min(kColumns, most)));
-  plan.tiles_across = parts(plan.width, plan.tile_columns);
-  plan.tile_rows = std::clamp<int64_t>(most / plan.tile_columns, 1, plan.height);
-  const int64_t rows_of_tiles = parts(plan.height, plan.tile_rows);
-  plan.tiles_down = parts(rows_of_tiles, std::min(rows_of_tiles, parts(kBands, plan.images)));
-  plan.bands = parts(rows_of_tiles, plan.tiles_down);
-  plan.tiles = plan.images * plan.bands * plan.tiles_down * plan.tiles_across;
-  std::vector<int64_t> begins;
-  for (int64_t band = 0; band <= plan.bands; ++band)
-    begins.push_back(std::min(band * plan.tiles_down * plan.tile_rows, plan.height));
+  plan.image_pixels = plan.pixels / plan.images;
+  const auto* const most = std::max_element(plan.resizes, end, [](const Resize& a, const Resize& b) {
+    return (a.needed ? a.rows.size : 0) < (b.needed ? b.rows.size : 0);
+  });
+  plan.finest = most->needed ? &most->rows : nullptr;
+  // Rows of a larger exit are not shared by those of a tile, and those in between would have to be held.
+  plan.tile_rows = plan.finest && plan.finest->size > plan.height ? 1 : launch.C <= 64 ? 8 : 4;
+  if (cut.laid_in_rows) plan.tile_rows *= 4;  // nothing of it is read more than thrice, but memory by the page
+  // At least so many bands, to share out, of at most so many rows: sums of more would lose digits.
+  constexpr int64_t kBands = 16, kRows = 64;
+  auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+  int64_t rows = std::min(kRows, parts(plan.height, std::min(plan.height, parts(kBands, plan.images))));
+  if (cut.laid_in_rows) rows = parts(std::min(4 * kRows, parts(plan.height, kBands)), plan.tile_rows) * plan.tile_rows;
+  std::vector<int64_t> begins = begins_at_spans(launch, plan.finest, rows);
+  plan.bands = int64_t(begins.size()) - 1;
   return begins;
+}
+
+// Phases 1 and 2: the sums of each band.
+template <class A>
+std::vector<double> run(const ExitLoss& launch, Plan& plan, std::deque<ResizeMemory>& memories,
+                        std::vector<Resize>& resizes) {
+  Cut cut(launch);
+  if (memories.empty()) cut.lay_in_rows(kernels().vector_bytes / int64_t(sizeof(A)));
+  const std::vector<int64_t> begins = where_bands_begin(cut, plan);
+  plan.begins = begins.data();
+  auto memory = memories.begin();
+  for (int e = 0; e < launch.N; ++e)
+    if (resizes[e].needed) (memory++)->plan_bands(launch, plan, launch.grads[e].data, resizes[e]);
+
+  const int64_t bands = plan.images * plan.bands;
+  std::vector<double> partial(bands * (launch.T + 1) * launch.N);
+  const int64_t numbers = plan.pixels / bands * launch.C * launch.N;
+  share_out(bands, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, numbers)),
+            [&](int64_t begin, int64_t end) { return kernels().run(cut.launch, plan, begin, end, partial.data()); });
+  for (int e = 0; e < launch.N; ++e) {
+    if (!resizes[e].needed || !launch.grads[e].data) continue;
+    torch::stable::parallel_for(0, launch.B * (plan.bands - 1), 4,
+                                [&](int64_t begin, int64_t end) { kernels().join(launch, plan, e, begin, end); });
+  }
+  return partial;
 }
 
 // ---- phase 3 -------------------------------------------------------------------------------------------------------
 
 template <class A>
-void write_sums(const ExitLoss& launch, const Plan& plan, const std::vector<double>& partial) {
+void finish(const ExitLoss& launch, const Plan& plan, const std::vector<double>& partial) {
   const int64_t entries = int64_t(launch.T + 1) * launch.N;
+  double total = 0;
   for (int64_t entry = 0; entry < entries; ++entry) {
     double sum = 0;
-    for (int64_t tile = 0; tile < plan.tiles; ++tile) sum += partial[tile * entries + entry];
-    static_cast<A*>(launch.losses)[entry] = A(sum * plan.norm[entry < launch.N ? 0 : 1]);
-  }
-}
-
-template <class A>
-void write_total(const ExitLoss& launch) {
-  double total = 0;
-  for (int64_t entry = 0; launch.total_weights && entry < int64_t(launch.T + 1) * launch.N; ++entry)
-    if (launch.total_weights[entry] != 0)
+    for (int64_t band = 0; band < plan.images * plan.bands; ++band) sum += partial[band * entries + entry];
+    if (launch.reduction != Reduction::none)
+      static_cast<A*>(launch.losses)[entry] = A(sum * plan.norm[entry < launch.N ? 0 : 1]);
+    if (launch.total_weights && launch.total_weights[entry] != 0)
       total += launch.total_weights[entry] * double(static_cast<const A*>(launch.losses)[entry]);
+  }
   *static_cast<A*>(launch.total) = A(total);
 }
 
@@ -283,35 +304,17 @@ void cpu_launch(const ExitLoss& launch) {
   std::deque<ResizeMemory> memories;
   int64_t wanted = 0;
   for (int e = 0; plan.pixels > 0 && e < launch.N; ++e) {
-    const bool resized = is_resized(launch, launch.exits[e]);
+    const bool resized = launch.exits[e].H != launch.H || launch.exits[e].W != launch.W;
     if (resized) memories.emplace_back(launch, launch.exits[e], resizes[e]);
     wanted += launch.grads[e].data && !resized;
   }
-  plan.resizes = memories.empty() ? nullptr : resizes.data();
-  const std::vector<int64_t> begins = plan.pixels > 0 ? cut(launch, plan) : std::vector<int64_t>();
-  plan.begins = begins.empty() ? nullptr : begins.data();
-  auto memory = memories.begin();
-  for (int e = 0; e < launch.N; ++e)
-    if (resizes[e].needed) (memory++)->plan_bands(launch, plan, launch.grads[e].data, resizes[e]);
+  plan.resizes = resizes.data();
   plan.stream = wanted * plan.pixels * launch.C >= (int64_t(4) << 20);
-
-  std::vector<double> partial(plan.tiles * (launch.T + 1) * launch.N);
-  const int64_t tile = plan.tile_rows * plan.tile_columns * plan.tiles_down * plan.tiles_across;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, tile * launch.C * launch.N));
-  share_out(plan.images * plan.bands, grain, [&](int64_t begin, int64_t end) {
-    const auto run = plan.block_rows ? kernels().run_small_exits : kernels().run;
-    return run(launch, plan, begin, end, partial.data());
-  });
-  for (int e = 0; e < launch.N; ++e) {
-    if (!resizes[e].needed || !launch.grads[e].data) continue;
-    torch::stable::parallel_for(0, launch.B * (plan.bands - 1), 4,
-                                [&](int64_t begin, int64_t end) { kernels().join(launch, plan, e, begin, end); });
-  }
-
-  const bool is_double = launch.dtype == DType::float64;
-  if (launch.reduction != Reduction::none)
-    is_double ? write_sums<double>(launch, plan, partial) : write_sums<float>(launch, plan, partial);
-  is_double ? write_total<double>(launch) : write_total<float>(launch);
+  auto compute = [&](auto a) {
+    using A = decltype(a);
+    finish<A>(launch, plan, plan.pixels > 0 ? run<A>(launch, plan, memories, resizes) : std::vector<double>());
+  };
+  launch.dtype == DType::float64 ? compute(double{}) : compute(float{});
 }
 
 }  // namespace selfreg

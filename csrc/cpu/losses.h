@@ -1,109 +1,114 @@
-// The losses of the student at hand in a tile, and the gradient of each at every pixel.
+// The losses of a band: entries (r, e), r = 0 of the labels, else of teacher r - 1, and exit e.
 #pragma once
 
-#include "tile.h"  // and with it vec.h: before pixel_math.h, whose templates call its exp2_of and log2
-
-#include "../pixel_math.h"
+#include "targets.h"
 
 namespace {
 
+// A loss is the logarithm of a normaliser times the target's sum, less the sum of target times y. The latter is taken
+// at the output's resolution, or, of small exits, at their own.
 template <class A>
-class Losses {
+struct Losses {
   using V = typename VecOf<A>::V;
+  using Sums = typename VecOf<A>::Sums;
   static constexpr int kLanes = sizeof(V) / sizeof(A);
 
- public:
-  explicit Losses(TileWork<A>& work) : w(work) {}
+  const ExitLoss& L;
+  const Frame<A>& frame;
+  const Targets<A>& targets;
+  const int entries;
+  A* gains;      // what multiplies a loss's terms in the gradient, but for the pixel's weight
+  Sums* sums;    // of what is known at the output's resolution
+  double* dots;  // the other sums of target times y, in units of ln 2
+  V* at_target;  // [T + 1, kMostRows] of the student at hand: what multiplies a target in its gradient
 
-  // The gradient of every loss of exit e at every pixel: its gradient as given x the mean's divisor x the pixel weight.
-  // Of these, 0 leaves out: the others may be infinite or NaN.
-  void read_gradient(int e) {
-    if (!w.gradient) return;
-    auto fill_row = [&](int r, A* k, const A* weight, A norm) {
-      if (w.L.grad_losses && w.L.reduction == Reduction::none) {
-        const A* const map = static_cast<const A*>(w.L.grad_losses) + w.entry(r, e) * w.plan.pixels;
-        w.over_spans([&](int64_t pixel, int64_t first) {
-          for (int64_t i = 0; i < w.span; ++i)
-            k[first + i] = weight[first + i] == 0 ? A(0) : map[pixel + i] * weight[first + i];
-        });
-        for (int64_t i = w.n; i < w.width; ++i) k[i] = 0;
-      } else {
-        const A g =
-            w.L.grad_losses ? static_cast<const A*>(w.L.grad_losses)[w.entry(r, e)] : A(w.L.weights[w.entry(r, e)]);
-        const A gain = g == 0 ? A(0) : g * norm;
-        w.over_pixels([&](int64_t i) {
-          const V counted = load<V>(weight + i);
-          store(k + i, counted == A(0) ? V{} : counted * gain);
-        });
+  Losses(const ExitLoss& launch, const Frame<A>& frame, const Targets<A>& targets)
+      : L(launch), frame(frame), targets(targets), entries((launch.T + 1) * launch.N) {}
+  void lay_out(Memory& m) {
+    gains = m.template take<A>(entries);
+    sums = m.template take<Sums>(entries);
+    dots = m.template take<double>(entries);
+    at_target = m.template take<V>((L.T + 1) * kMostRows);
+  }
+  int entry(int r, int e) const { return r * L.N + e; }
+  bool taught(int r, int e) const { return r == 0 ? L.labels != nullptr : L.teachers[r - 1] != e; }
+  A gain(int r, int e) const { return gains[entry(r, e)]; }
+  A dot_scale(int r) const { return r == 0 || targets.argmax ? A(1) : targets.tau; }  // see soft_loss in pixel_math.h
+  A log_scale(int r) const { return r > 0 && targets.two ? targets.tau * targets.tau : dot_scale(r); }
+
+  // A gain of 0 leaves a loss out: the other numbers may be infinite or NaN.
+  void begin_launch() {
+    const bool maps = L.reduction == Reduction::none;
+    for (int r = 0; r <= L.T; ++r)
+      for (int e = 0; e < L.N; ++e) {
+        A g = 0;
+        if (L.grad_losses && !maps) g = static_cast<const A*>(L.grad_losses)[entry(r, e)];
+        if (!L.grad_losses && L.weights) g = A(L.weights[entry(r, e)]);
+        gains[entry(r, e)] = g == 0 || !taught(r, e) ? A(0) : g * A(frame.plan.norm[r > 0]) * dot_scale(r);
       }
-    };
-    if (w.L.labels) fill_row(0, w.label_k, w.label_w, A(w.plan.norm[0]));
-    for (int r = 0; r < w.T; ++r)
-      if (w.teachers[r].on) fill_row(r + 1, w.teachers[r].k, w.soft_w, A(w.plan.norm[1]));
+  }
+  void begin_band() {
+    memset(sums, 0, entries * sizeof(Sums));
+    memset(dots, 0, entries * sizeof(double));
   }
 
-  void write(int e, double* partial) {
-    auto logarithm_of = [&](const A* z_sum) {
-      w.over_pixels([&](int64_t i) { store(w.log_z + i, log2(load<V>(z_sum + i)) * A(kLn2)); });
-    };
-    if (w.L.labels || !w.soft_two) logarithm_of(w.sum);
-    if (w.L.labels) {
-      put(0, e, w.label_w, partial, [&](int64_t i) {
-        return label_loss(load<V>(w.hot + i), load<V>(w.label_y + i), load<V>(w.log_z + i), w.smoothing, w.class_w_sum,
-                          load<V>(w.smooth_dot + i));
-      });
-    } else {
-      put_zeros(0, e, partial);
+  // A block's share, of which `dot` is null where that comes later.
+  void add(int r, int e, int64_t b, const V* logarithm, const V* dot) const {
+    const V *const weight = targets.weight(r), *const mass = targets.mass(r), *const counted = targets.counted(r);
+    const A log_scale = this->log_scale(r), scale = dot_scale(r) * A(kLn2);
+    V sum{}, loss[kMostRows];
+    for (int i = 0; i < frame.rows; ++i) {
+      loss[i] = mass[i] * logarithm[i] * log_scale;
+      if (dot) loss[i] -= weight[i] * dot[i] * scale;
+      loss[i] = counted[i] == A(0) ? V{} : loss[i];  // the others may be infinite or NaN
+      sum += loss[i];
     }
-    if (w.soft_two) logarithm_of(w.sum2);
-    const A z_scale = w.soft_two ? w.tau * w.tau : w.tau;
-    for (int r = 0; r < w.T; ++r) {
-      const Teacher<A>& t = w.teachers[r];
-      if (!t.on) {
-        put_zeros(r + 1, e, partial);
-      } else if (w.L.target == Target::argmax) {
-        put(r + 1, e, w.soft_w, partial, [&](int64_t i) { return load<V>(w.log_z + i) - load<V>(t.y + i); });
-      } else {
-        put(r + 1, e, w.soft_w, partial, [&](int64_t i) {
-          const V dot = load<V>(t.dot + i) * load<V>(t.factor + i);
-          return soft_loss(load<V>(t.P + i), dot, load<V>(w.log_z + i), z_scale, w.tau);
-        });
-      }
-    }
+    sums[entry(r, e)] += __builtin_convertvector(sum, Sums);
+    if (L.reduction == Reduction::none) write_map(r, e, b, loss);
   }
-  void write_zeros(int e, double* partial) {
-    for (int r = 0; r <= w.T; ++r) put_zeros(r, e, partial);
+  void write_map(int r, int e, int64_t b, const V* loss) const {
+    const V zero{};
+    A* const map = static_cast<A*>(L.losses) + entry(r, e) * frame.plan.pixels;
+    for (int i = 0; i < frame.rows; ++i)
+      memcpy(map + frame.pixel(i, b), loss ? loss + i : &zero, frame.columns(i, b) * sizeof(A));
   }
 
- private:
-  TileWork<A>& w;
-
-  // The weighted map of a loss to its entry of the matrix.
-  template <class F>
-  void put(int r, int e, const A* weight, double* partial, F loss) {
-    using Sums = typename VecOf<A>::Sums;
-    Sums sums{};
-    const bool map = w.L.reduction == Reduction::none;
-    w.over_pixels([&](int64_t i) {
-      const V counted = load<V>(weight + i), weighted = counted == A(0) ? V{} : counted * loss(i);
-      if (map) store(w.out + i, weighted);
-      sums += __builtin_convertvector(weighted, Sums);
-    });
-    if (map) {
-      A* const to = static_cast<A*>(w.L.losses) + w.entry(r, e) * w.plan.pixels;
-      w.over_spans([&](int64_t pixel, int64_t first) { memcpy(to + pixel, w.out + first, w.span * sizeof(A)); });
+  // What its gradient has: of exponentials, added to `factor`; of the target, to at_target, if that is `kept`.
+  void add_gradient(int r, int e, int64_t b, V* factor, bool kept) const {
+    const V *const weight = targets.weight(r), *const mass = targets.mass(r), *const counted = targets.counted(r);
+    V* const of_target = at_target + r * kMostRows;
+    const bool maps = L.grad_losses && L.reduction == Reduction::none;
+    V g = fill<V>(gain(r, e));
+    if (!maps && gain(r, e) == 0) {
+      for (int i = 0; i < frame.rows && kept; ++i) of_target[i] = V{};
       return;
     }
-    double sum_of_lanes = 0;
-    for (int k = 0; k < kLanes; ++k) sum_of_lanes += sums[k];
-    partial[w.entry(r, e)] = sum_of_lanes;
+    for (int i = 0; i < frame.rows; ++i) {
+      if (maps) g = gain_of_pixels(r, e, i, b);
+      const auto left_out = maps ? (counted[i] == A(0)) | (g == A(0)) : counted[i] == A(0);
+      factor[i] += left_out ? V{} : mass[i] * g;
+      if (kept) of_target[i] = left_out ? V{} : weight[i] * g;
+    }
   }
-  void put_zeros(int r, int e, double* partial) {
-    if (w.L.reduction == Reduction::none) {
-      A* const to = static_cast<A*>(w.L.losses) + w.entry(r, e) * w.plan.pixels;
-      w.over_spans([&](int64_t pixel, int64_t) { memset(to + pixel, 0, w.span * sizeof(A)); });
-    } else {
-      partial[w.entry(r, e)] = 0;
+  // Whether all of exit e's losses have a gradient, at every pixel.
+  bool leave_none_out(int e) const {
+    bool all = !L.grad_losses || L.reduction != Reduction::none;
+    for (int r = 0; r <= L.T; ++r) all &= !taught(r, e) || gain(r, e) != 0;
+    return all;
+  }
+  V gain_of_pixels(int r, int e, int row, int64_t b) const {
+    if (!L.grad_losses || L.reduction != Reduction::none) return fill<V>(gain(r, e));
+    V g{};
+    const A* const map = static_cast<const A*>(L.grad_losses) + entry(r, e) * frame.plan.pixels;
+    memcpy(&g, map + frame.pixel(row, b), frame.columns(row, b) * sizeof(A));
+    return g * dot_scale(r);
+  }
+
+  void end_band(double* partial) const {
+    for (int i = 0; i < entries; ++i) {
+      double sum = 0;
+      for (int k = 0; k < kLanes; ++k) sum += sums[i][k];
+      partial[i] = sum - dots[i] * kLn2 * double(dot_scale(i / L.N));
     }
   }
 };

@@ -5,7 +5,7 @@
 
 namespace {
 
-// All 0 beyond the last column.
+// All 0 beyond the last pixel of a row.
 template <class A>
 struct PixelWeights {
   using V = typename VecOf<A>::V;
@@ -22,10 +22,9 @@ struct PixelWeights {
 
   void read(const Frame<A>& frame, int64_t b) {
     const ExitLoss& L = frame.L;
-    const int64_t left = L.W - b * kLanes;
-    const int columns = int(left < kLanes ? left : kLanes);
     for (int r = 0; r < frame.rows; ++r) {
-      const int64_t pixel = ((frame.image * L.H + frame.top + r) * L.W) + b * kLanes;
+      const int64_t pixel = frame.pixel(r, b);
+      const int columns = frame.columns(r, b);
       A weight[kLanes] = {};
       for (int k = 0; k < columns; ++k)
         weight[k] = L.pixel_weight ? static_cast<const A*>(L.pixel_weight)[pixel + k] : A(1);
