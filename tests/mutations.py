@@ -159,9 +159,9 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu: what pixels that do not count lie on comes in",
-        "csrc/cpu/exponentials.h",
-        "counted[r][k] == 0 ? A(0) :",
-        "false ? A(0) :",
+        "csrc/cpu/full_size.h",
+        "z[at + g] = counted[r + g] == A(0) ? V{} : z[at + g];",
+        "z[at + g] = z[at + g];",
         "cpu",
         "tests/test_resize.py -k '{backend} and uncounted'",
     ),

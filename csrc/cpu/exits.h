@@ -90,7 +90,7 @@ struct Exits {
   void read(int e, int64_t b, const V* counted, Logits<A>& logits) const {
     logits.unit = is_resized(e) ? A(1) : A(kLog2e);
     if (is_resized(e)) {
-      exponentials.interpolate(lines[e], b, counted, logits.z);
+      exponentials.interpolate(lines[e], b, logits.z);
     } else {
       memory.read(L.exits[e], b, logits.z);
     }

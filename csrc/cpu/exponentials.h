@@ -86,15 +86,15 @@ struct Exponentials {
       if (!any(small)) return;
     }
     Logits<A> logits{careful, {}, A(1)};
-    interpolate_with_care(lines, b, counted, careful);
+    interpolate_with_care(lines, b, careful);
     const FullSize<A> full(frame);
     full.find_maxima(counted, logits);
     full.template exponentials<0>(logits, scale, job, nullptr, Z1, Z2, nullptr, Ahead{});
     for (int r = 0; r < frame.rows; ++r) less[r] = logits.most[r] * A(kLn2);
   }
   // To z of block b; see Logits.
-  void interpolate(const ExitLines<A>& lines, int64_t b, const V* counted, V* z) const {
-    if (lines.odd) return interpolate_with_care(lines, b, counted, z);
+  void interpolate(const ExitLines<A>& lines, int64_t b, V* z) const {
+    if (lines.odd) return interpolate_with_care(lines, b, z);
     for (int s = 0; s < lines.size->count; ++s) {
       const Span& span = lines.size->spans[s];
       lines.spread(span, b, A(1), columns);
@@ -117,14 +117,13 @@ struct Exponentials {
     }
     for (int g = 0; g < G; ++g) Z1[r + g] = first[g], Z2[r + g] = second[g];
   }
-  // Number by number, for some may not be finite. Pixels that do not count are 0.
-  void interpolate_with_care(const ExitLines<A>& lines, int64_t b, const V* counted, V* z) const {
+  // Number by number, for some may not be finite.
+  void interpolate_with_care(const ExitLines<A>& lines, int64_t b, V* z) const {
     for (int s = 0; s < lines.size->count; ++s) {
       const Span& span = lines.size->spans[s];
       for (int r = span.begin; r < span.end; ++r)
         for (int c = 0; c < frame.C; ++c)
-          for (int k = 0; k < kLanes; ++k)
-            z[c * frame.apart + r][k] = counted[r][k] == 0 ? A(0) : lines.pixel(span, c, b * kLanes + k, b, r);
+          for (int k = 0; k < kLanes; ++k) z[c * frame.apart + r][k] = lines.pixel(span, c, b * kLanes + k, b, r);
     }
   }
 };
