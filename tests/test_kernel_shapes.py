@@ -120,3 +120,15 @@ def test_gradients_larger_than_caches(size: tuple[int, int, int], dtype: torch.d
             piece = (slice(image, image + 1), ..., rows, slice(None))
             parts = gradients([z[piece] for z in exits], labels[piece])
             assert all(torch.equal(g[piece], part) for g, part in zip(whole, parts, strict=True))
+
+
+@pytest.mark.skipif(srf.backends()["cpu"] != "available", reason="no CPU kernels")
+@pytest.mark.parametrize("lanes", [16, 8], ids=str)
+def test_large_gradients_with_channels_between_rows(lanes: int) -> None:
+    """As many numbers in a row of all channels as a vector holds: neighbours in memory, but not all of one channel."""
+    z = torch.randn(1, 1 << 18, 2, lanes // 2, generator=generator(0)).repeat(1, 16 // lanes, 1, 1).permute(0, 2, 1, 3)
+    labels = make_labels((1, *z.shape[2:]), 2)
+    run = {"reduction": "sum", "labels": labels}
+    expected = value_and_gradients(lambda e: reference.mea_loss(e, **run), [z.double()])
+    actual = value_and_gradients(lambda e: srf.mea_loss(e, backend="cpu", **run), [z])
+    assert_close(actual[1], expected[1], 1e-5)

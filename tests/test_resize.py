@@ -14,6 +14,7 @@ from support import (
     RELATIVE,
     Backend,
     assert_close,
+    generator,
     in_double,
     make_exits,
     make_labels,
@@ -152,6 +153,16 @@ def test_smaller_exits(backend: Backend, name: str, objective: str, threads: Non
     (gradient,) = torch.autograd.grad((fused(some) * weights).sum(), some[1])
     every = [z.detach().requires_grad_() for z in exits]
     assert torch.equal(gradient, torch.autograd.grad((fused(every) * weights).sum(), every)[1])
+
+
+def test_ties_of_an_argmax_stay_ties(backend: Backend) -> None:
+    """Between whole numbers and weights of eighths nothing rounds: the first of equal channels is the target."""
+    teacher = torch.randint(-3, 4, (2, 5, 5, 7), generator=generator(0)).float().to(backend.device)
+    student = torch.randn(2, 5, 20, 28, generator=generator(1)).to(backend.device)
+    kwargs: dict[str, Any] = {"teachers": (0,), "target": "argmax", "size": (20, 28), "reduction": "none"}
+    exact = reference.exit_loss_matrix([teacher.double(), student.double()], **kwargs)
+    actual = srf.exit_loss_matrix([teacher, student], backend=backend.name, **kwargs)
+    assert_close(actual[1, 1], exact[1, 1], 1e-5)
 
 
 @pytest.mark.parametrize("height", [20, 100, 240, 10_000])

@@ -50,7 +50,7 @@ struct Plan {
   int64_t bands;                  // of an image
   const int64_t* begins;          // [bands + 1] where they begin
   int64_t tile_rows;              // at most
-  const AxisTable* finest;        // rows of a small exit that has the most; null where there is none
+  const AxisTable* finest;        // rows of a resized exit that has the most; null where there is none
   bool stream;                    // write gradients past the caches
   double norm[2];                 // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
   const Resize* resizes;          // [N]

@@ -7,18 +7,19 @@
 
 namespace {
 
-// In units of ln 2, in a ring. Channels of a row lie apart, columns together.
+// In units of ln 2, in a ring. Channels of a row lie apart, columns together. (For an argmax, logits as they are: ties
+// stay ties.)
 template <class A>
 struct ExitLines {
   using V = typename VecOf<A>::V;
   using VInt = typename VecOf<A>::VInt;
-  using Int = typename VecOf<A>::Int;
   static constexpr int kLanes = sizeof(V) / sizeof(A);
 
   const View* exit;
   ExitSums<A>* size;
   int vector;  // its S among the sums; -1: no gradient is wanted
   int C;
+  bool as_they_are;
   int64_t line;         // numbers from a channel to the next
   int64_t ring, drawn;  // rows; the first that is not in there yet
   A* rows;              // [ring, C, line]
@@ -28,6 +29,7 @@ struct ExitLines {
   void lay_out(Memory& m, const Frame<A>& frame, int e) {
     exit = &frame.L.exits[e];
     C = frame.C;
+    as_they_are = frame.L.target == Target::argmax;
     line = (exit->W + int64_t(3) * kLanes) / kLanes * kLanes;
     ring = frame.plan.resizes[e].held_rows;
     rows = m.template take<A>(ring * C * line);
@@ -74,7 +76,7 @@ struct ExitLines {
       V most = load<V>(to + x);
       for (int c = 1; c < C; ++c) most = larger(load<V>(to + c * line + x), most);
       for (int c = 0; c < C; ++c) {
-        const V less = (load<V>(to + c * line + x) - most) * A(kLog2e);
+        const V z = load<V>(to + c * line + x), less = as_they_are ? z : (z - most) * A(kLog2e);
         store(to + c * line + x, less);
         found |= less - less != V{};
       }

@@ -30,9 +30,6 @@
 #include "cpu.h"
 
 #include <stdlib.h>
-#include <string.h>
-
-#include <initializer_list>
 
 #include "count.h"
 #include "exits.h"

@@ -88,7 +88,7 @@ struct Exits {
 
   // One that is not small, at the output's resolution.
   void read(int e, int64_t b, const V* counted, Logits<A>& logits) const {
-    logits.unit = is_resized(e) ? A(1) : A(kLog2e);
+    logits.unit = is_resized(e) && !lines[e].as_they_are ? A(1) : A(kLog2e);
     if (is_resized(e)) {
       exponentials.interpolate(lines[e], b, logits.z);
     } else {

@@ -112,7 +112,7 @@ struct AxisMemory {
 
 // Whether sums at an exit's own resolution will do. They leave nothing of it at the output's, and so no maps of losses,
 // no argmax and nothing for teachers that learn; of larger exits they would be no smaller, and where a position has
-// more pixels, they would lose digits. Of one class, gradients are to be exactly 0, not a small difference.
+// more pixels, they would lose digits. Of one class, all should cancel, and does so better pixel by pixel.
 bool is_small(const ExitLoss& launch, const View& exit) {
   const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
   if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;

@@ -76,7 +76,6 @@ template <class A>
 class ReadWrite {
   using V = typename VecOf<A>::V;
   using VInt = typename VecOf<A>::VInt;
-  using Int = typename VecOf<A>::Int;
   static constexpr int kLanes = sizeof(V) / sizeof(A);
 
  public:
@@ -102,11 +101,13 @@ class ReadWrite {
   void write(const View& v, int64_t b, V* block) const {
     over_numbers(v, b, block, false, [](auto* to, const A* from, int64_t n) { convert(to, from, n); });
   }
-  // Rows of exit e's gradient: past the caches, if they may and can go there, or else to `block`.
+  // Rows of exit e's gradient: past the caches, if they may, and can, being of one vector each and side by side; or
+  // else to `block`.
   Rows<A> rows(int e, V* block, bool may) const {
     const View& v = L.grads[e];
-    const bool past_caches = may && frame.plan.stream && kVecBytes >= 32 && frame.blocks == 1 && v.stride_w == 1 &&
-                             v.stride_h == kLanes && L.dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64);
+    const bool past_caches = may && frame.plan.stream && kVecBytes >= 32 && frame.plan.width == kLanes &&
+                             v.stride_w == 1 && v.stride_h == kLanes &&
+                             L.dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64);
     if (!past_caches) return {block, apart, nullptr, 0, 0, 0, nullptr, false, false};
     const bool joined = joins[e], ends = frame.top + frame.rows == frame.y1;
     joins[e] = !ends;

@@ -1,6 +1,8 @@
 // Phase 2: an exit's exponentials in a block, its losses, and their gradient.
 #pragma once
 
+#include <initializer_list>
+
 #include "exits.h"
 #include "losses.h"
 
@@ -93,7 +95,7 @@ class Students {
   }
 
   // A teacher's exp(y) is a power of its u.
-  int raised() const { return self >= 0 && !targets.two && !targets.argmax ? targets.power : 0; }
+  int raised() const { return self >= 0 && !targets.two ? targets.power : 0; }
 
   void take_exponentials(int e, int64_t b) {
     if (raised()) {
@@ -187,8 +189,11 @@ class Students {
         full.template gradient<count.value>(from, factor, target_beside, of_target,
                                             labels_are ? targets.channel(0) : nullptr, losses.at_target, rows);
       };
-      first&& second ? gradient(SumOfBoth<V>{e1, e2, f1, f2, frame.apart}, ones)
-                     : gradient(PowerOf<1, V>{second ? e2 : e1, frame.apart}, second ? f2 : f1);
+      if (first && second) {
+        gradient(SumOfBoth<V>{e1, e2, f1, f2, frame.apart}, ones);
+      } else {
+        gradient(PowerOf<1, V>{second ? e2 : e1, frame.apart}, second ? f2 : f1);
+      }
     });
     if (rows.to) return;
     for (int r = 0; r <= L.T; ++r)

@@ -69,7 +69,9 @@ struct Targets {
         tau(A(launch.temperature)),
         argmax(launch.target == Target::argmax),
         two(launch.T && launch.target == Target::renormalized && launch.temperature != 1),
-        power(two ? 1 : small_integer(launch.temperature)) {}
+        power(argmax ? 0
+              : two  ? 1
+                     : small_integer(launch.temperature)) {}
   void lay_out(Memory& m) {
     for (A** of_channels : {&own, &others}) *of_channels = m.template take<A>(frame.C);
     teachers = m.template take<Teacher<A>>(L.T);
@@ -119,7 +121,7 @@ struct Targets {
   // Once a teacher's exponentials and their sums are there.
   void weigh(Teacher<A>& t) const {
     for (int i = 0; i < frame.rows; ++i) {
-      if (argmax || power == 1) t.Z[i] = t.Q[i];
+      if (power == 1) t.Z[i] = t.Q[i];
       const V w = pixels.soft[i], one = fill<V>(A(1));
       t.factor[i] = argmax ? one : power == 1 ? A(1) / t.Q[i] : raw_target_factor(t.Z[i], tau);
       t.mass[i] = w == A(0) ? V{} : w * (argmax || power == 1 ? one : t.Q[i] * t.factor[i]);
@@ -140,8 +142,8 @@ struct Targets {
     }
   }
 
-  // ---- teachers that learn: dL/dt_j = said_j - softmax(t)_j sum_c said_c, said_c = sum of gradients * target_c * log
-  // p
+  // ---- teachers that learn: dL/dt_j = said_j - softmax(t)_j sum_c said_c, and said_c = target_c times the sum over
+  // students of gradient * log-probability
 
   void begin_block() const {
     for (int r = 0; r < L.T; ++r)

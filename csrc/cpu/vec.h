@@ -1,6 +1,6 @@
 // Vectors of pixels: GCC/Clang vector extensions as wide as the instruction set this file is compiled for, with the
-// few functions that pixel_math.h and the tile loops need. Everything is in the includer's anonymous namespace scope:
-// no symbol of one instruction set can be linked into the code of another.
+// few functions that pixel_math.h and the loops over blocks need. Everything is in the includer's anonymous namespace
+// scope: no symbol of one instruction set can be linked into the code of another.
 #pragma once
 
 #include <cstdint>
