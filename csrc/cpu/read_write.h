@@ -40,7 +40,7 @@ struct Rows {
     for (int k = 0; k < kLanes; ++k) at[k] = k;
     at += head;
     const bool goes_on = r > 0 || joined;
-    const int64_t left = n - r * kLanes;
+    const int64_t left = n - int64_t(r) * kLanes;
     V before = past[c];
     int64_t done = goes_on ? head - kLanes : head < left ? head : left;
     if (!goes_on) memcpy(row, g, done * sizeof(A));
