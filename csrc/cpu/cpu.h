@@ -49,7 +49,7 @@ struct Plan {
   int64_t images, height, width;  // of what is cut
   int64_t bands;                  // of an image
   const int64_t* begins;          // [bands + 1] where they begin
-  int64_t tile_rows;              // at most
+  int64_t tile_rows;              // at most; kMostRows at most
   const AxisTable* finest;        // rows of a resized exit that has the most; null where there is none
   bool stream;                    // write gradients past the caches
   double norm[2];                 // of label losses, of soft losses: 1 / divisor of the mean, 0 where nothing counts
@@ -66,6 +66,8 @@ static SELFREG_CPU_INLINE int64_t rows_of_tile(const Plan& plan, int64_t top, in
   while (rows > 1 && rows < left && low[top + rows] == low[top + rows - 1]) --rows;
   return rows > 1 ? rows : most;
 }
+
+constexpr int kMostRows = 32;  // of any tile
 
 struct CpuKernels {
   const char* isa;

@@ -3,8 +3,9 @@
 // header that a linker might share is used. Phase 0 (what the means divide by; count.h) comes before, phase 3 (the
 // fixed-order sum over bands) after: launch.cpp.
 //
-// A block is a vector of columns, up to eight rows and all channels, which stay in the first-level cache: a vector
-// holds pixels, and no sum over channels crosses lanes. For each block:
+// A block is a vector of columns, a few rows and all channels: a vector holds pixels, and no sum over channels crosses
+// lanes. With up to eight rows its exponentials stay in the first-level cache; where launch.cpp has laid pixels in rows
+// of one vector there are more, in the second. For each block:
 //   phase 1  each teacher: exponentials and their sums; what makes them its target (targets.h)
 //   phase 2  each exit: exponentials and their sums, its losses, its gradient (students.h, losses.h)
 // Exits of the output's size are read, and their gradients written, a block at a time (full_size.h, read_write.h).

@@ -13,8 +13,6 @@ namespace {
 
 using namespace selfreg;
 
-constexpr int kMostRows = 32;  // of any block
-
 template <class A>
 struct Frame {
   using V = typename VecOf<A>::V;
@@ -81,7 +79,7 @@ struct Number {
 template <class F>
 SELFREG_ALWAYS void over_groups(const Span& span, F f) {
   int r = span.begin;
-  if (r + 8 <= span.end) f(Number<8>{}, r), r += 8;
+  for (; r + 8 <= span.end; r += 8) f(Number<8>{}, r);
   if (r + 4 <= span.end) f(Number<4>{}, r), r += 4;
   if (r + 2 <= span.end) f(Number<2>{}, r), r += 2;
   if (r < span.end) f(Number<1>{}, r);

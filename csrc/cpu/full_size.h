@@ -133,7 +133,7 @@ struct FullSize {
  private:
   // 0 log 0 = 0.
   static SELFREG_ALWAYS V add_product(V share, V y, V sum) { return share == A(0) ? sum : sum + share * y; }
-  // Few at a time: their sums stay in registers, all of them.
+  // Few at a time, so that their sums can stay in registers.
   template <class F>
   SELFREG_ALWAYS void over_rows(F f) const {
     int r = 0;

@@ -229,7 +229,8 @@ std::vector<int64_t> where_bands_begin(const Cut& cut, Plan& plan) {
   plan.finest = most->needed ? &most->rows : nullptr;
   // Rows of a larger exit are not shared by those of a tile, and those in between would have to be held.
   plan.tile_rows = plan.finest && plan.finest->size > plan.height ? 1 : launch.C <= 64 ? 8 : 4;
-  if (cut.laid_in_rows) plan.tile_rows *= 4;  // nothing of it is read more than thrice, but memory by the page
+  // Longer pieces of each channel's plane are then worth more than a block in the first-level cache.
+  if (cut.laid_in_rows) plan.tile_rows = std::min<int64_t>(kMostRows, 4 * plan.tile_rows);
   // At least so many bands, to share out, of at most so many rows: sums of more would lose digits.
   constexpr int64_t kBands = 16, kRows = 64;
   auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
