@@ -90,9 +90,11 @@ struct Exits {
   void read(int e, int64_t b, const V* counted, Logits<A>& logits) const {
     logits.unit = is_resized(e) && !lines[e].as_they_are ? A(1) : A(kLog2e);
     if (is_resized(e)) {
-      exponentials.interpolate(lines[e], b, logits.z);
-    } else {
-      memory.read(L.exits[e], b, logits.z);
+      exponentials.interpolate(lines[e], b, logits.block);
+      logits.is_in_block(frame.apart);
+    } else if (!memory.read_in_place(L.exits[e], b, counted, logits)) {
+      memory.read(L.exits[e], b, logits.block);
+      logits.is_in_block(frame.apart);
     }
     FullSize<A>(frame).find_maxima(counted, logits);
   }

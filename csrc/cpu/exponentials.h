@@ -85,7 +85,8 @@ struct Exponentials {
       for (int r = 0; r < frame.rows; ++r) less[r] = V{};
       if (!any(small)) return;
     }
-    Logits<A> logits{careful, {}, A(1)};
+    Logits<A> logits{careful};
+    logits.is_in_block(frame.apart), logits.unit = A(1);
     interpolate_with_care(lines, b, careful);
     const FullSize<A> full(frame);
     full.find_maxima(counted, logits);

@@ -54,14 +54,19 @@ struct Frame {
   A class_weight(int c) const { return L.class_weight ? static_cast<const A*>(L.class_weight)[c] : A(1); }
 };
 
-// A block of an exit at the output's resolution: [C, frame.apart] vectors of pixels. y = (z - most) unit, in units of
-// ln 2.
+// A block of an exit at the output's resolution. y = (z - most) unit, in units of ln 2.
 template <class A>
 struct Logits {
   using V = typename VecOf<A>::V;
-  V* z;
+  static constexpr int kLanes = sizeof(V) / sizeof(A);
+
+  V* block;  // [C, frame.apart] vectors of pixels, if z is not read where it lies in the exit
+  const A* z;
+  int64_t channel;    // numbers from a channel to the next
   V most[kMostRows];  // of the channels of a pixel
   A unit;
+  void is_in_block(int64_t apart) { z = reinterpret_cast<const A*>(block), channel = apart * kLanes; }
+  SELFREG_ALWAYS V operator()(int c, int r) const { return load<V>(z + c * channel + r * kLanes); }
 };
 
 // Rows [begin, end) of a tile lie between rows `low` and low + 1 of an exit; `both`: some of them on the latter, too.

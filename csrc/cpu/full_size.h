@@ -24,7 +24,7 @@ struct FullSize {
   void find_maxima(const V* counted, Logits<A>& logits) const {
     over_rows([&](auto group, int r) {
       constexpr int G = group.value;
-      V most[G], *const z = logits.z;
+      V most[G], *const z = logits.block;
       auto ignored = counted[r] == A(0);
       for (int g = 0; g < G; ++g) {
         most[g] = fill<V>(A(sizeof(A) == 4 ? -3.402823466e38 : -1.7976931348623157e308));
@@ -32,8 +32,8 @@ struct FullSize {
       }
       for (int64_t at = r; any(ignored) && at < end; at += apart)
         for (int g = 0; g < G; ++g) z[at + g] = counted[r + g] == A(0) ? V{} : z[at + g];
-      for (int64_t at = r; at < end; at += apart)
-        for (int g = 0; g < G; ++g) most[g] = larger(z[at + g], most[g]);
+      for (int c = 0, C = frame.C; c < C; ++c)
+        for (int g = 0; g < G; ++g) most[g] = larger(logits(c, r + g), most[g]);
       for (int g = 0; g < G; ++g) logits.most[r + g] = most[g];
     });
   }
@@ -41,7 +41,6 @@ struct FullSize {
   template <int TARGETS, class Job>
   void exponentials(const Logits<A>& logits, A scale, const Job job, const V* const* u, V* Z1, V* Z2,
                     V (*dots)[kMostRows], const Ahead ahead) const {
-    const V* const z = logits.z;
     scale *= logits.unit;
     over_rows([&](auto group, int r) {
       constexpr int G = group.value;
@@ -52,7 +51,7 @@ struct FullSize {
       for (int c = 0, C = frame.C; c < C; ++c)
         for (int g = 0; g < G; ++g) {
           const int64_t at = c * apart + r + g;
-          const V x = (z[at] - most[g]) * scale;
+          const V x = (logits(c, r + g) - most[g]) * scale;
           ahead.fetch(c, r + g);
           job.put(at, x, first[g], second[g], [](V v) { return exp2_of(v, A(1)); });
           for (int t = 0; t < TARGETS; ++t) dot[t][g] = add_product(target[t][at], x, dot[t][g]);
@@ -66,23 +65,21 @@ struct FullSize {
   // sum_c target(c, row) y_c, to each row.
   template <class Target>
   void dot(const Logits<A>& logits, const Target target, V* to) const {
-    const V* const z = logits.z;
     over_rows([&](auto group, int r) {
       constexpr int G = group.value;
       V sum[G] = {};
       for (int c = 0, C = frame.C; c < C; ++c)
         for (int g = 0; g < G; ++g)
-          sum[g] = add_product(target(c, r + g), z[c * apart + r + g] - logits.most[r + g], sum[g]);
+          sum[g] = add_product(target(c, r + g), logits(c, r + g) - logits.most[r + g], sum[g]);
       for (int g = 0; g < G; ++g) to[r + g] = sum[g] * logits.unit;
     });
   }
   void dot(const Logits<A>& logits, const OneHot<A> target, V* to) const {
-    const A* const z = reinterpret_cast<const A*>(logits.z);
     for (int r = 0; r < frame.rows; ++r) {
       A at_channel[kLanes];
       for (int k = 0; k < kLanes; ++k) {
         const auto c = target.channel[r][k];
-        at_channel[k] = z[((c < 0 ? 0 : c) * apart + r) * kLanes + k];
+        at_channel[k] = logits.z[(c < 0 ? 0 : c) * logits.channel + r * kLanes + k];
       }
       to[r] = target.channel[r] < 0 ? V{} : (load<V>(at_channel) - logits.most[r]) * logits.unit;
     }

@@ -89,6 +89,16 @@ class ReadWrite {
   void read(const View& v, int64_t b, V* block) const {
     over_numbers(v, b, block, true, [](auto* from, A* to, int64_t n) { convert(to, from, n); });
   }
+  // Whether it needs no copy: all of its pixels count, and lie in vectors as they are.
+  bool read_in_place(const View& v, int64_t b, const V* counted, Logits<A>& logits) const {
+    if (v.stride_w != 1 || v.stride_h != kLanes || partial(b) < kLanes || !is_of<A>()) return false;
+    VInt ignored{};
+    for (int r = 0; r < frame.rows; ++r) ignored |= counted[r] == A(0);
+    if (any(ignored)) return false;
+    logits.z = static_cast<const A*>(v.data) + frame.image * v.stride_b + frame.top * v.stride_h + b * kLanes;
+    logits.channel = v.stride_c;
+    return true;
+  }
   // Block b, `down` rows below the tile.
   Ahead ahead(const View& v, int64_t b, int64_t down) const {
     const int64_t bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
@@ -106,8 +116,7 @@ class ReadWrite {
   Rows<A> rows(int e, V* block, bool may) const {
     const View& v = L.grads[e];
     const bool past_caches = may && frame.plan.stream && kVecBytes >= 32 && frame.plan.width == kLanes &&
-                             v.stride_w == 1 && v.stride_h == kLanes &&
-                             L.dtype == (sizeof(A) == 4 ? DType::float32 : DType::float64);
+                             v.stride_w == 1 && v.stride_h == kLanes && is_of<A>();
     if (!past_caches) return {block, apart, nullptr, 0, 0, 0, nullptr, false, false};
     const bool joined = joins[e], ends = frame.top + frame.rows == frame.y1;
     joins[e] = !ends;
@@ -124,6 +133,10 @@ class ReadWrite {
   V* past;      // [N, C] see Rows
   bool* joins;  // [N]
 
+  template <class Number>
+  bool is_of() const {
+    return L.dtype == (sizeof(Number) == 4 ? DType::float32 : DType::float64);
+  }
   // copy(the tensor's numbers, the block's, how many side by side).
   template <class Copy>
   void over_numbers(const View& v, int64_t b, V* block, bool to_block, Copy copy) const {

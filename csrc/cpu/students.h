@@ -27,7 +27,7 @@ class Students {
   Students(const Frame<A>& frame, const Exits<A>& exits, const Targets<A>& targets, const Losses<A>& losses)
       : L(frame.L), frame(frame), exits(exits), targets(targets), losses(losses), full(frame) {}
   void lay_out(Memory& m) {
-    for (V** block : {&own.z, &e1, &e2}) *block = m.template take<V>(frame.C * frame.apart);
+    for (V** block : {&own.block, &e1, &e2}) *block = m.template take<V>(frame.C * frame.apart);
     for (V& one : ones) one = fill<V>(A(1));
   }
 

@@ -80,7 +80,7 @@ struct Targets {
       Teacher<A>& t = teachers ? teachers[r] : layout;
       auto block = [&](bool needed) { return needed ? m.template take<V>(frame.C * frame.apart) : nullptr; };
       t.u = block(!argmax);
-      t.logits.z = block(!frame.plan.resizes[L.teachers[r]].small);
+      t.logits.block = block(!frame.plan.resizes[L.teachers[r]].small);
       t.said = block(learns(r));
     }
   }
@@ -131,10 +131,10 @@ struct Targets {
   // The first of the largest, as torch.argmax; NaN counts as the largest.
   void find_top(Teacher<A>& t) const {
     for (int i = 0; i < frame.rows; ++i) {
-      V best = t.logits.z[i];
+      V best = t.logits(0, i);
       t.top[i] = VInt{};
       for (int c = 1; c < frame.C; ++c) {
-        const V z = t.logits.z[c * frame.apart + i];
+        const V z = t.logits(c, i);
         const VInt better = (z > best) | ((z != z) & (best == best));
         best = better ? z : best;
         t.top[i] = better ? VInt{} + Int(c) : t.top[i];
@@ -152,9 +152,9 @@ struct Targets {
   // A student's log-probabilities, times the gradient of its loss.
   void tell(int r, const Logits<A>& logits, const V* logarithm, const V* gradient) const {
     for (int i = 0; i < frame.rows; ++i)
-      for (int64_t at = i; at < frame.C * frame.apart; at += frame.apart) {
-        const V log_p = (logits.z[at] - logits.most[i]) * (logits.unit * A(kLn2)) - logarithm[i];
-        teachers[r].said[at] += gradient[i] == A(0) ? V{} : gradient[i] * log_p;
+      for (int c = 0; c < frame.C; ++c) {
+        const V log_p = (logits(c, i) - logits.most[i]) * (logits.unit * A(kLn2)) - logarithm[i];
+        teachers[r].said[c * frame.apart + i] += gradient[i] == A(0) ? V{} : gradient[i] * log_p;
       }
   }
   // Once all have spoken; `sum` over channels.
