@@ -46,7 +46,7 @@ class ExitHead(nn.Sequential):
 
 
 class MultiExitOutput(NamedTuple):
-    """What :class:`MultiExit` returns in training: the arguments of :class:`selfreg_fast.SelfRegulationLoss`.
+    """What `MultiExit` returns in training: the arguments of `SelfRegulationLoss`.
 
     Attributes:
         logits: the exits (B, num_classes, h, w), shallow to deep, of one dtype.
@@ -62,7 +62,7 @@ class MultiExitOutput(NamedTuple):
 
 
 class MultiExit(nn.Module):
-    r"""A network with exits at its stages, so that Self-Regulation can train it::
+    r"""A network with exits at its stages, so that Self-Regulation can train it:
 
         model = srf.MultiExit(net, stages=("layer1", "layer2", "layer3"), num_classes=19,
                               example=torch.zeros(1, 3, 64, 64))
@@ -72,12 +72,14 @@ class MultiExit(nn.Module):
 
     (`criterion(out, labels)` takes out.logits, out.features and out.image_logits, which other losses want one by one.)
 
-    An exit is a 1x1 conv to `feature_channels`, whose result is the exit's feature map, and a head on that map. (The
-    heads stand on the projections, not beside them, so that the projections learn to be useful even where they teach,
-    and have a gradient in every step, SR-F or not: in training DDP finds no exit unused.)
+    An exit is a 1x1 conv to `feature_channels`, whose result is the exit's feature map, and a head on that map. The
+    default is lean; the published exit, at strides 4 and 8, costs more than a small network does: for that one,
+    `feature_channels=256, head=srf.ExitHead`. (The heads stand on the projections, not beside them, so that the
+    projections learn to be useful even where they teach, and have a gradient in every step, SR-F or not: in training
+    DDP finds no exit unused.)
 
-    In evaluation mode the model is the network: same output, no exit computed; :meth:`all_exits` computes them there,
-    too. :meth:`unwrap` removes all traces. `state_dict` has the network's keys after "network."; `load_state_dict`
+    In evaluation mode the model is the network: same output, no exit computed; `all_exits` computes them there,
+    too. `unwrap` removes all traces. `state_dict` has the network's keys after "network."; `load_state_dict`
     takes them without it, too, so that checkpoints of the network alone can be loaded (`strict=False`: its exits are
     missing).
 
@@ -88,13 +90,13 @@ class MultiExit(nn.Module):
         num_classes: channels of the logits.
         example: an input of the network, a tensor or a tuple or dict of arguments, for one forward pass in evaluation
             mode that finds the stages' channels. It is moved to the network's device and dtype; values are irrelevant.
-        feature_channels: channels of `features`; None: no projection, features are the stages' own maps, which SR-F
-            can compare only if they have the same number of channels.
+        feature_channels: channels of `features`; None: no projection, features are the stages' own maps, which SR-F can
+            compare only if they have the same number of channels.
         head: called as `head(in_channels, num_classes)` for each exit, returns a module that turns (B, in_channels, h,
-            w) into logits; default :class:`ExitHead`.
+            w) into logits; default `ExitHead` with as many channels in between, at most 256.
         as_map: called as `as_map(output, size)` with what a stage returned and the (H, W) of the network's input (its
             first 4-d tensor, else None); returns the stage's map (B, C, h, w). Default: the one 4-d tensor in it, be it
-            a tensor, tuple, list, dict or dataclass. For tokens (B, L, C): :func:`tokens_to_map`.
+            a tensor, tuple, list, dict or dataclass. For tokens (B, L, C): `tokens_to_map`.
         as_logits: called with what the network returned, in training and in evaluation mode, where it may be something
             else; returns its logits (B, num_classes, h, w), the deepest exit. Default: the tensor itself, its "logits",
             "out" or "main" (item or attribute), else the one 4-d tensor in it, else the first of a tuple or list that
@@ -127,8 +129,8 @@ class MultiExit(nn.Module):
         num_classes: int,
         example: Tensor | tuple[Any, ...] | dict[str, Any],
         *,
-        feature_channels: int | None = 256,
-        head: Callable[[int, int], nn.Module] = ExitHead,
+        feature_channels: int | None = 64,
+        head: Callable[[int, int], nn.Module] | None = None,
         as_map: Callable[[Any, tuple[int, int] | None], Tensor] | None = None,
         as_logits: Callable[[Any], Tensor] | None = None,
         own_output: bool = True,
@@ -155,14 +157,14 @@ class MultiExit(nn.Module):
         except BaseException:
             self.unwrap()
             raise
-        self.exits = nn.ModuleList(_Exit(m, feature_channels, num_classes, head) for m in maps)
+        self.exits = nn.ModuleList(_Exit(m, feature_channels, num_classes, head or _lean_head) for m in maps)
         self.image_level: nn.ModuleList | None = None
         if image_level:
             linears = (nn.Linear(num_classes, num_classes) for _ in range(len(maps) + own_output))
             self.image_level = nn.ModuleList(linears).to(maps[-1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In training :meth:`all_exits`; in evaluation mode what the network returns (its last exit's logits, for
+        """In training `all_exits`; in evaluation mode what the network returns (its last exit's logits, for
         `own_output=False`). The arguments are the network's."""
         if self.training:
             return self.all_exits(*args, **kwargs)
@@ -266,6 +268,10 @@ class MultiExit(nn.Module):
         if self.own_output:
             self._network_logits(output, "evaluation")
         return maps
+
+
+def _lean_head(in_channels: int, num_classes: int) -> nn.Module:
+    return ExitHead(in_channels, num_classes, hidden_channels=min(in_channels, 256))
 
 
 class _Exit(nn.Module):
