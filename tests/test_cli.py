@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import selfreg_fast as srf
 from selfreg_fast.__main__ import COMMANDS, main
+from selfreg_fast.commands import info
+from selfreg_fast.commands.measure import Timing
+from selfreg_fast.commands.words import compared
 
 for extra in ("matplotlib", "rich", "tqdm"):
     pytest.importorskip(extra, reason="an extra of the commands")
@@ -31,6 +41,58 @@ def test_info_says_what_there_is(tmp_path: Path) -> None:
     assert srf.__version__ in words
     for name, state in srf.backends().items():
         assert name in words and " ".join(state.split()) in words
+
+
+def leaves(facts: Any) -> Iterator[Any]:
+    """What is in an object of JSON, but its keys."""
+    for value in facts.values() if isinstance(facts, dict) else facts:
+        yield from leaves(value) if isinstance(value, (dict, list)) else [value]
+
+
+def info_in_both_forms(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["info"]) == 0
+    return facts, capsys.readouterr().out
+
+
+def test_info_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One object and nothing else; keys to rely on, and the facts of the text."""
+    monkeypatch.setenv("SELFREG_FAST_MADE_UP", "for a test")
+    monkeypatch.setenv("SELFREG_FAST_EMPTY", "")
+    facts, text = info_in_both_forms(capsys)
+    assert list(facts) == ["path", "versions", "devices", "backends", "build", "environment"]
+    assert list(facts["versions"]) == ["selfreg_fast", "torch", "cuda", "python", "python_implementation", "system"]
+    assert list(facts["devices"]) == ["cpu", "gpus"]
+    assert list(facts["devices"]["cpu"]) == ["name", "threads", "cores", "instructions", "torch_instructions"]
+    states = {name: state["reason"] or "available" for name, state in facts["backends"].items()}
+    assert states == srf.backends()
+    assert all(state["available"] is (state["reason"] is None) for state in facts["backends"].values())
+    assert facts["versions"]["selfreg_fast"] == srf.__version__
+    assert facts["environment"]["SELFREG_FAST_MADE_UP"] == "for a test"
+    assert "SELFREG_FAST_EMPTY" not in facts["environment"]
+    facts["devices"].pop("gpus")  # whose memory is bytes here, and GiB there
+    for fact in leaves(facts):
+        assert fact is None or str(fact) in text or isinstance(fact, bool)
+
+
+def test_info_of_gpus_and_without_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine unlike most that run this: the same keys, and what there is not is null."""
+    gpu = SimpleNamespace(name="Made-up GPU", major=9, minor=0, total_memory=80 * 2**30)
+    states = dict.fromkeys(srf.backends(), "made up")
+    monkeypatch.setattr(info, "backends", lambda: states)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13.1")
+    monkeypatch.setattr(info, "CPU_KERNELS", False)
+    monkeypatch.setattr(info, "build_record", dict)
+    facts, text = info_in_both_forms(capsys)
+    assert facts["devices"]["gpus"] == 2 * [{"name": "Made-up GPU", "arch": "sm_90", "memory_bytes": 80 * 2**30}]
+    assert re.search(r"cuda:1 +Made-up GPU, sm_90, 80 GiB, CUDA 13.1\n", text)
+    assert facts["devices"]["cpu"]["instructions"] is None and "instructions" not in text
+    assert facts["build"] is None and "this copy was not installed" in text
+    assert {"available": False, "reason": "made up"} == facts["backends"]["cpu"]
 
 
 @pytest.mark.parametrize("argv", [["--help"], *[[name, "--help"] for name in COMMANDS]], ids=" ".join)
@@ -69,7 +131,9 @@ for argv in (["bench", "--list"], ["gradcheck"], ["demo"]):
     assert run.stderr.count('pip install "selfreg-fast[demo]"') == 3
 
 
-@pytest.mark.parametrize("argv", [["info"], ["info", "--help"], [], ["bench", "--list"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["info"], ["info", "--json"], ["info", "--help"], [], ["bench", "--list"]], ids=" ".join
+)
 def test_a_reader_that_has_gone_ends_it(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As `| head` may: the status of SIGPIPE, and nothing left to write when the interpreter exits."""
     reader, writer = os.pipe()
@@ -122,12 +186,42 @@ def test_gradcheck_fails_where_a_gradient_is_wrong(
 
 
 def test_bench_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table, and a CSV file with one line for each peer."""
+    """A table, a CSV file with one line for each peer, and at the end what they say in words."""
     assert main(["bench", "--cases", "sr-f-features", "--repeats", "1", "--out", str(tmp_path / "bench.csv")]) == 0
-    assert "sr-f-features" in capsys.readouterr().out
-    header, *lines = (tmp_path / "bench.csv").read_text().splitlines()
-    assert {"peer", "both_ms", "peak_bytes", "dtype", "torch"} <= set(header.split(","))
-    assert len(lines) >= 3
+    out = " ".join(capsys.readouterr().out.split())
+    assert "sr-f-features" in out
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["both_ms"]]
+    assert {"peer", "both_ms", "peak_bytes", "dtype", "torch"} <= set(lines[0])
+    assert len(lines) >= 2
+    said = out[out.rindex(f"On {lines[0]['device']}") :]
+    if not any(line["peer"] == "fused" for line in lines):
+        assert "the fused loss" in said
+        return
+    plain = [line for line in lines if line["peer"] in ("as written", "tuned")]
+    fastest = min(plain, key=lambda line: float(line["both_ms"]))
+    faster = compared([float(fastest["times_fused"])], "less time", "more time")
+    assert f'took {faster} than the fastest plain PyTorch in the case sr-f-features ("{fastest["peer"]}")' in said
+
+
+@pytest.mark.parametrize(
+    ("multiples", "words"),
+    [
+        ([3.14], "3.1 times faster"),
+        ([1.04], "no faster"),
+        ([0.96], "no faster"),
+        ([0.5], "2.0 times slower"),
+        ([123.4], "123 times faster"),
+        ([2, 8, 3], "between 2.0 and 8.0 times faster (median 3.0)"),
+        ([0.5, 0.8, 0.25], "between 1.2 and 4.0 times slower (median 2.0)"),
+        ([0.5, 4, 2], "between 2.0 times slower and 4.0 times faster (median: 2.0 times faster)"),
+        ([1, 2, 4], "between no faster and 4.0 times faster (median: 2.0 times faster)"),
+        ([2.01, 2.02], "2.0 times faster"),
+    ],
+)
+def test_multiples_in_words(multiples: list[float], words: str) -> None:
+    """Better, worse, neither, and a range of them."""
+    assert compared(multiples, "faster", "slower") == words
 
 
 def make_folder(root: Path, void: int) -> None:
@@ -154,6 +248,44 @@ def test_demo_trains_on_a_folder_and_draws(tmp_path: Path, capsys: pytest.Captur
     assert "MEA" in out and "SR-F" in out and "SR-L" in out and "exit" in out
     assert "labels 0-3, 255: 4 classes are trained, void is label 255, 8.3 %" in out and "note:" not in out
     assert min(Image.open(picture).size) > 100
+    *table, said = " ".join(out.split()).partition("In 2 steps of 2 images")
+    *means, deepest = re.findall(r"mean ((?:[\d.]+ ?)+)", re.sub(r"[^\w.]+", " ", table[0]))[0].split()
+    assert f" of {', '.join(means)} and {deepest} %." in said
+    for milliseconds in re.findall(r"took ([\d.]+) ms", said):
+        assert milliseconds in table[0]
+
+
+def cost(milliseconds: float, mib: float | None) -> Any:
+    seconds = milliseconds / 1e3
+    return demo.Cost(Timing(seconds, seconds, seconds), None if mib is None else int(mib * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("fused", "words"),
+    [
+        ((4.0, 2.0), "took 4.0 ms and 2.0 MiB for the last batch, "),
+        ((4.0, 2.0), "took 40.0 ms and 50.0 MiB: it was 10.0 times faster and took 25.0 times less memory than plain"),
+        ((40.5, 50.5), "it was no faster and took no less memory than plain PyTorch."),
+        ((80.0, 100.0), "it was 2.0 times slower and took 2.0 times more memory than plain PyTorch."),
+        ((4.0, None), "took 4.0 ms for the last batch"),
+        ((4.0, None), "it was 10.0 times faster than plain PyTorch."),
+    ],
+)
+def test_demo_in_words(fused: tuple[float, float | None], words: str) -> None:
+    """What follows from the figures, the unwelcome too."""
+    costs = {"cpu": cost(*fused), "reference": cost(40.0, 50.0)}
+    said = demo.conclusion(7, 8, 5, [31.23, 42, 50.1], costs)
+    assert said.startswith(
+        "In 7 steps of 8 images, a small network that predicts at 3 depths, its exits, was trained to tell 5"
+    )
+    assert "of 31.2, 42.0 and 50.1 %." in said and words in said
+
+
+def test_demo_in_words_without_a_fused_loss() -> None:
+    """No comparison of the reference with itself."""
+    said = demo.conclusion(1, 8, 5, [31.2, 50.1], {"reference": cost(40.0, 50.0)})
+    assert said.startswith("In 1 step of 8") and "took 40.0 ms and 50.0 MiB" in said and "no fused one ran" in said
+    assert "faster" not in said and "than" not in said
 
 
 def test_demo_tells_what_it_takes_for_void(

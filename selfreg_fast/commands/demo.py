@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,8 @@ from .. import reference
 from ..backends import backends, choose
 from ..exits import ExitHead
 from ..modules import SelfRegulationLoss
-from .measure import in_fresh_process, median_seconds, peak_bytes
+from .measure import Timing, in_fresh_process, median_seconds, peak_bytes
+from .words import compared
 
 # Only the demo needs what is in its extra: it is imported when the demo runs, so that --help works without.
 if TYPE_CHECKING:
@@ -198,6 +199,13 @@ class _Trained(NamedTuple):
     image_logits: list[Tensor]
 
 
+class Cost(NamedTuple):
+    """Of a loss, forward and backward."""
+
+    timing: Timing
+    peak_bytes: int | None  # beside the exits; None where the system does not tell
+
+
 def _demonstrate(args: argparse.Namespace, source: Source, backend: str, console: Console) -> None:
     torch.manual_seed(args.seed)
     # On the CPU, convolutions are faster with the channels last; the fused loss reads such exits as they are.
@@ -230,8 +238,11 @@ def _demonstrate(args: argparse.Namespace, source: Source, backend: str, console
     _print_losses(console, trained)
     _print_ious(console, source.names, ious)
     _draw(args.output, source, samples, predictions, ious)
-    _print_cost(console, trained, criterion, class_weight.tolist(), backend)
+    costs = _costs(trained, criterion, class_weight.tolist(), backend)
+    _print_costs(console, costs)
     console.print(f"picture: {args.output}", soft_wrap=True)
+    means = [100 * iou.nanmean().item() for iou in ious]
+    console.print(conclusion(trained.steps, args.batch_size, len(source.names), means, costs), markup=False)
 
 
 def enet_class_weight(shares: Sequence[float]) -> Tensor:
@@ -355,12 +366,8 @@ def _print_ious(console: Console, names: Sequence[str], ious: Sequence[Tensor]) 
     console.print(table)
 
 
-def _print_cost(
-    console: Console, trained: _Trained, criterion: SelfRegulationLoss, weight: list[float], backend: str
-) -> None:
-    """Time and memory of the loss, forward and backward, on the network's last exits."""
-    from rich.table import Table
-
+def _costs(trained: _Trained, criterion: SelfRegulationLoss, weight: list[float], backend: str) -> dict[str, Cost]:
+    """Time and memory of the loss on the network's last exits, by the backend and by the reference."""
     options = {name: value for name, value in criterion.options.items() if name not in ("backend", "validate")}
     logits = [z.detach().requires_grad_() for z in trained.logits]
     image_logits = [z.detach().requires_grad_() for z in trained.image_logits]
@@ -368,19 +375,66 @@ def _print_cost(
     names = list(dict.fromkeys((backend, "reference")))
     steps = {name: _loss_step(name, options, weight, logits, image_logits, trained.labels) for name in names}
     timings = median_seconds(steps, repeats=15)
+    return {n: Cost(timings[n], in_fresh_process(_peak_of_loss, n, options, weight, shapes)) for n in names}
+
+
+def _print_costs(console: Console, costs: Mapping[str, Cost]) -> None:
+    from rich.table import Table
+
     table = Table("backend", title="the whole loss on this network's exits, forward + backward", title_justify="left")
     for heading in ("median ms", "20 to 80 %", "peak memory", "speed"):
         table.add_column(heading, justify="right")
-    for name, timing in timings.items():
-        peak = in_fresh_process(_peak_of_loss, name, options, weight, shapes)
+    for name, (timing, peak) in costs.items():
         table.add_row(
             name,
             f"{1e3 * timing.median:.1f}",
             f"{1e3 * timing.low:.1f} to {1e3 * timing.high:.1f}",
-            "not measured" if peak is None else f"{peak / 2**20:.1f} MiB",
-            f"{timings['reference'].median / timing.median:.1f}x",
+            "not measured" if peak is None else _mib(peak),
+            f"{costs['reference'].timing.median / timing.median:.1f}x",
         )
     console.print(table)
+
+
+def conclusion(steps: int, batch_size: int, classes: int, ious: Sequence[float], costs: Mapping[str, Cost]) -> str:
+    """What the run has shown, in words for whoever does not read the tables.
+
+    Args:
+        steps: how many were done.
+        batch_size: images a step.
+        classes: how many the network tells apart.
+        ious: the exits' mean IoU on the validation images, in percent, shallow to deep.
+        costs: of the loss on the last batch, by the backend and by the reference.
+    """
+    *others, deepest = (f"{iou:.1f}" for iou in ious)
+    trained = (
+        f"In {steps} step{'s' * (steps > 1)} of {batch_size} images, a small network that predicts at {len(ious)} "
+        f"depths, its exits, was trained to tell {classes} classes apart, pixel by pixel. On validation images they "
+        "ended, from the shallowest to the deepest, at a mean IoU (the overlap of what is predicted and what is there) "
+        f"of {', '.join(others)} and {deepest} %. "
+    )
+    plain, (backend, fused) = costs["reference"], next(iter(costs.items()))
+    if backend == "reference":
+        return trained + (
+            f"Its loss was that in plain PyTorch (selfreg_fast.reference), which took {_told(plain)} for the last "
+            "batch: no fused one ran with which it could be compared."
+        )
+    speed = compared([plain.timing.median / fused.timing.median], "faster", "slower")
+    memory = ""
+    if fused.peak_bytes and plain.peak_bytes:
+        memory = f" and took {compared([plain.peak_bytes / fused.peak_bytes], 'less memory', 'more memory')}"
+    return trained + (
+        f"Its fused loss, forward and backward, took {_told(fused)} for the last batch, where the same loss in plain "
+        f"PyTorch (selfreg_fast.reference) took {_told(plain)}: it was {speed}{memory} than plain PyTorch."
+    )
+
+
+def _told(cost: Cost) -> str:
+    memory = "" if cost.peak_bytes is None else f" and {_mib(cost.peak_bytes)}"
+    return f"{1e3 * cost.timing.median:.1f} ms{memory}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _loss_step(

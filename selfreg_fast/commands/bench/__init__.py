@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     report.print_growth(console, records)
     if path:
         console.print(f"wrote {path}", soft_wrap=True)
+    where = common["device"] + ("" if args.device == "cuda" else f" ({common['threads']} threads)")
+    console.print(report.conclusion(records, where), markup=False, highlight=False)
     return int(any(report.is_failure(record) for record in records if record["peer"] == FUSED))
 
 

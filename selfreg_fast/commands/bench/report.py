@@ -1,16 +1,28 @@
-"""What is printed: the suites, a table for each case, all cases in one, and how time and memory grow."""
+"""What is printed: the suites, a table for each case, all cases in one, how time and memory grow, and all in words."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cases import DTYPES, FUSED, Case
+from ..words import compared
+from .cases import (
+    DTYPES,
+    FUSED,
+    REFERENCE,
+    REFERENCE_COMPILED,
+    TRITON,
+    TUNED,
+    TUNED_COMPILED,
+    WRITTEN,
+    Case,
+)
 from .trial import Record
 
 EXPLANATION = (
@@ -23,6 +35,13 @@ EXPLANATION = (
     "graph replays it."
 )
 FEW = 0.1  # by which growth may differ from linear
+PLAIN = {  # the peers that are PyTorch and nothing else, and what they are
+    WRITTEN: "the formulas as one types them in",
+    TUNED: "hand-tuned eager PyTorch",
+    TUNED_COMPILED: "hand-tuned PyTorch under torch.compile",
+    REFERENCE: "this package's functions in plain PyTorch",
+    REFERENCE_COMPILED: "this package's functions in plain PyTorch under torch.compile",
+}
 
 
 def is_failure(record: Record) -> bool:
@@ -115,30 +134,75 @@ def print_summary(console: Console, records: Sequence[Record]) -> None:
     )
     table.add_column("of its\nlimit", justify="right")
     for lines in by_case(records):
-        fused = next((r for r in lines if r["peer"] == FUSED and r["both_ms"]), None)
-        peers = [r for r in lines if not r["peer"].startswith(FUSED) and r["both_ms"]]
+        fused, peers = contest(lines, FUSED)
         if fused is None or not peers:
             continue
-        fast, frugal = (min(peers, key=lambda r: r[key] or math.inf) for key in ("both_ms", "peak_bytes"))
+        fast, frugal = best(fused, peers, "both_ms"), best(fused, peers, "peak_bytes")
         table.add_row(
             fused["case"] + (", channels_last" if fused["layout"] == "channels_last" else ""),
             fused["dtype"],
             _short(fused["both_ms"]),
-            fast["peer"],
-            _short(fast["times_fused"], 2),
-            *(
-                (
-                    _short(fused["peak_bytes"] / 2**20),
-                    frugal["peer"],
-                    _short(frugal["peak_bytes"] / fused["peak_bytes"]),
-                )
-                if fused["peak_bytes"] and frugal["peak_bytes"]
-                else "---"
-            ),
+            *((fast[0], _short(fast[1], 2)) if fast else "--"),
+            *((_short(fused["peak_bytes"] / 2**20), frugal[0], _short(frugal[1])) if frugal else "---"),
             f"{fused['percent_of_limit']:.0f} % {fused['limit']}",
         )
     if table.row_count > 1:
         console.print(table)
+
+
+def contest(lines: Iterable[Record], *fused: str) -> tuple[Record | None, list[Record]]:
+    """Of one case's records with figures for the right loss: the first of those named `fused`, and all its peers."""
+    right = [r for r in lines if r["both_ms"] and not r["note"].startswith("another loss")]
+    return next((r for r in right if r["peer"] in fused), None), [r for r in right if not r["peer"].startswith(FUSED)]
+
+
+def best(fused: Record, peers: Iterable[Record], key: str) -> tuple[str, float] | None:
+    """The peer with the least of a figure, "both_ms" or "peak_bytes", and how many times the fused loss's that is."""
+    there = [r for r in peers if r[key]]
+    if not there or not fused[key]:
+        return None
+    least = min(there, key=lambda r: float(r[key]))
+    paired = least["times_fused"] if key == "both_ms" and fused["peer"] == FUSED else None
+    return least["peer"], paired or least[key] / fused[key]
+
+
+def conclusion(records: Iterable[Record], where: str) -> str:
+    """What the cases have shown, in words for whoever does not read the tables.
+
+    On a GPU without this package's CUDA kernels, Triton's are the fused loss.
+
+    Args:
+        records: of all peers of all cases.
+        where: the device's name.
+    """
+    cases = [contest(lines, FUSED, TRITON) for lines in by_case(records)]
+    ran = [(fused, [r for r in peers if r["peer"] in PLAIN]) for fused, peers in cases if fused]
+    pairs = [(fused, plain) for fused, plain in ran if plain]
+    if not ran:
+        return f"On {where}, the fused loss was measured in no case: the notes above say why."
+    if not pairs:
+        return f"On {where}, no plain PyTorch was measured beside the fused loss: there is nothing to compare it with."
+    times = [best(fused, plain, "both_ms") for fused, plain in pairs]
+    peaks = [best(fused, plain, "peak_bytes") for fused, plain in pairs]
+    (faster, fastest), (leaner, leanest) = _against(times, "time"), _against(peaks, "memory")
+    by = " by Triton" if any(fused["peer"] == TRITON for fused, _ in pairs) else ""
+    over = f"each of {len(pairs)} cases" if len(pairs) > 1 else f"the case {pairs[0][0]['case']}"
+    known = f" in the {sum(map(bool, peaks))} where it was measured" if None in peaks else ""
+    memory = f", and {leaner} than the most frugal{known} ({leanest})" if leanest else "; memory was not measured"
+    meanings = ", ".join(f'"{n}" is {PLAIN[n]}' for n in PLAIN if f'"{n}"' in fastest + leanest)
+    missing = f" {len(cases) - len(pairs)} more of the cases had nothing to compare." if len(cases) > len(pairs) else ""
+    return (
+        f"On {where}, the fused loss{by}, forward and backward, took {faster} than the fastest plain PyTorch in {over} "
+        f"({fastest}){memory}. Here {meanings}.{missing}"
+    )
+
+
+def _against(found: Iterable[tuple[str, float] | None], what: str) -> tuple[str, str]:
+    """How much less of something the fused loss took than these peers, and who they are; "" twice for none."""
+    there = [peer for peer in found if peer]
+    names = Counter(name for name, _ in there)
+    who = ", ".join(f'"{name}"' + f" in {n}" * (len(names) > 1) for name, n in names.most_common())
+    return compared([multiple for _, multiple in there], f"less {what}", f"more {what}") if there else "", who
 
 
 def print_growth(console: Console, records: Sequence[Record]) -> None:
