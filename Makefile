@@ -10,7 +10,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 SOURCES := $(shell find csrc selfreg_fast -type f -not -name '*.pyc' -not -name '*.so' -not -name _build.json)
 
-.PHONY: demo test install lint matrix rehearsal wheel clean bench-results bench-readme bench-compare
+.PHONY: demo test examples install lint docs matrix rehearsal wheel clean bench-results bench-readme bench-compare
 
 # The console script and `pytest`, not `python -m`: that would import ./selfreg_fast, which has no kernels.
 demo: install
@@ -21,11 +21,16 @@ demo: install
 test: install
 	$(BIN)/pytest -n auto --maxprocesses 8 --maxschedchunk 1 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
 
+# The examples, with all the libraries that they are for: none is skipped.
+examples: install
+	$(BIN)/pip install -q '.[examples]'
+	SELFREG_FAST_EXAMPLES=1 $(BIN)/pytest tests/test_examples.py
+
 # benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some ten minutes on two cores.
 bench-results: install
 	$(BIN)/selfreg-fast bench interpolate scaling loss --out benchmarks/results $(ARGS)
 
-# The figures, and what stands between the README's markers, from the results; nothing is measured.
+# The figures, and what stands between the markers of README.md and docs/, from the results; nothing is measured.
 bench-readme: install
 	$(BIN)/python benchmarks/readme.py
 
@@ -47,13 +52,20 @@ $(STAMP): $(SOURCES) setup.py pyproject.toml MANIFEST.in | $(BIN)/python
 
 # The kernels in .cu are not clang-tidy's: of exit_loss.cu it makes minutes.
 lint: install
-	$(BIN)/pip install -q clang-tidy mypy ruff
+	$(BIN)/pip install -q check-jsonschema clang-tidy mypy ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(BIN)/clang-tidy --quiet csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -- -std=c++17 -Wall -Wextra -Icsrc -DSELFREG_ISA=baseline -DSELFREG_X86_ISAS=1 \
 		-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem tests/cuda_on_host \
 		-isystem $$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include
+
+# The site of docs/, in build/site; a link that leads nowhere fails. (NO_MKDOCS_2_WARNING: of the theme, about MkDocs 2.)
+docs: install
+	$(BIN)/pip install -q '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Every way to install, in fresh environments; ARGS=--download: with torch of other versions, gigabytes of it.
 matrix: install

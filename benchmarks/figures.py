@@ -15,7 +15,15 @@ from typing import Any
 
 Row = dict[str, Any]
 
-FIGURES = ("speed", "memory", "limit", "scaling")
+FIGURES = ("main", "speed", "memory", "limit", "scaling")
+# The cases of the README, by their labels.
+MAIN = (
+    "objective-voc-321-resized",
+    "objective-cityscapes-resized",
+    "sr-l-ade-512-resized",
+    "objective-voc-321",
+    "mea-voc-321",
+)
 COMPARED = ("loss", "interpolate")  # the suites whose cases are compared; `scaling` has curves
 GREY = "#7f8790"
 # peer -> colour, marker: one colour a formula, diamonds where it is compiled
@@ -69,7 +77,8 @@ def draw(path: Path, folder: Path) -> list[Path]:
     """Writes FOLDER/STEM-FIGURE.png for each figure for which the file has lines; returns which."""
     set_style()
     rows, drawn = read(path), []
-    for name, figure in zip(FIGURES, (_speed(rows), _memory(rows), _limit(rows), _scaling(rows)), strict=True):
+    figures = (_main(rows), _speed(rows), _memory(rows), _limit(rows), _scaling(rows))
+    for name, figure in zip(FIGURES, figures, strict=True):
         if figure is not None:
             drawn.append(folder / f"{path.stem}-{name}.png")
             save(figure, drawn[-1], path)
@@ -97,6 +106,29 @@ def save(figure: Any, path: Path, results: Path) -> None:
     plt.close(figure)
 
 
+def _main(rows: list[Row]) -> Any:
+    """The README's cases: time and memory of eager PyTorch, times the fused loss's."""
+    import matplotlib.pyplot as plt
+
+    compared = [c for c in cases(rows, *COMPARED) if label(c["fused"]) in MAIN]
+    if not compared:
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(8.2, 0.7 + 0.34 * len(compared)), sharey=True)
+    titles = {"both_ms": "time, × the fused loss's", "peak_bytes": "peak memory, × the fused loss's"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for y, peers in enumerate(compared):
+            unit = peers["fused"][key]
+            values = {p: peers[p][key] / unit for p in STYLES if unit and p in peers and peers[p][key]}
+            axes.plot([1, max(values.values(), default=1)], [y, y], color=GREY, alpha=0.35, linewidth=5, zorder=1)
+            for peer, x in reversed(values.items()):
+                axes.scatter(x, y, 40, STYLES[peer][0], marker=STYLES[peer][1], label=peer, linewidths=0, zorder=2)
+        axes.set(xscale="log", xlabel=title, ylim=(len(compared) - 0.5, -0.5))
+        axes.set(yticks=range(len(compared)), yticklabels=[label(c["fused"]) for c in compared])
+        _multiples(axes)
+    _legend(figure, panels[0])
+    return figure
+
+
 def _speed(rows: list[Row]) -> Any:
     """Times the fused loss's time."""
     return _dots(rows, "both_ms", "forward and backward, times the fused loss's time", by="fused")
@@ -120,7 +152,6 @@ def _limit(rows: list[Row]) -> Any:
 def _dots(rows: list[Row], key: str, title: str, by: str) -> Any:
     """A line for each case, and on it a dot for each peer."""
     import matplotlib.pyplot as plt
-    from matplotlib import ticker
 
     compared = [c for c in cases(rows, *COMPARED) if c["fused"][key]]
     if not compared:
@@ -142,20 +173,34 @@ def _dots(rows: list[Row], key: str, title: str, by: str) -> Any:
         )
     else:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        _multiples(axes)
     axes.axvline({"limit": 100}.get(by, 1), color=GREY, linewidth=1.2)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=title, ylim=(len(names) - 0.5, -0.5))
     axes.grid(axis="x")
     axes.tick_params(length=0)
+    _legend(figure, axes)
+    return figure
+
+
+def _multiples(axes: Any) -> None:
+    """A logarithmic axis of 1, 2, 5, 10, ..."""
+    from matplotlib import ticker
+
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(axis="x")
+    axes.tick_params(length=0)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Above the figure, each peer once."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [peer for peer in STYLES if peer in handles]
     figure.legend(
         [handles[p] for p in order], order, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, borderaxespad=0
     )
     figure.tight_layout()
-    return figure
 
 
 def _scaling(rows: list[Row]) -> Any:

@@ -1,8 +1,9 @@
-"""What the README says of training, and its figure, from benchmarks/results/ablation-*.csv alone."""
+"""What README.md and docs/ say of training, and their figure, from benchmarks/results/ablation-*.csv alone."""
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,15 +27,40 @@ def is_one(path: Path) -> bool:
     return path.stem.startswith("ablation-")
 
 
-def section(root: Path) -> str:
-    """What stands between the README's markers."""
-    parts = []
-    tables = {"full": ablation, "quick": ablation, "parity": parity, "step": step, "memory": memory}
-    for name, described in tables.items():
-        path = root / "benchmarks" / "results" / f"ablation-{name}.csv"
-        if path.exists():
-            parts.append(described(path, root))
+def ablations(root: Path, folder: Path) -> str:
+    """What SR-F and SR-L did in training."""
+    return _described(root, folder, {"full": ablation, "quick": ablation})
+
+
+def steps(root: Path, folder: Path) -> str:
+    """What a whole training step takes, and that its losses are the reference's."""
+    return _described(root, folder, {"step": step, "memory": memory, "parity": parity})
+
+
+def _described(root: Path, folder: Path, tables: dict[str, Callable[[Path, str], str]]) -> str:
+    """Those of which there are results; each gets them, and how they are linked to."""
+    files = {name: root / "benchmarks" / "results" / f"ablation-{name}.csv" for name in tables}
+    parts = [tables[name](path, os.path.relpath(path, folder)) for name, path in files.items() if path.exists()]
     return "\n\n".join(parts) if parts else "No results are recorded yet."
+
+
+def summary(root: Path, folder: Path) -> str:
+    """The README's: the deepest exit under four objectives."""
+    path = root / "benchmarks" / "results" / "ablation-quick.csv"
+    if not path.exists():
+        return "No results are recorded yet."
+    rows = [row for row in final(read(path)) if row["exit"] == EXITS[-1]]
+    shown = [(name, None) for name in (BASELINE, BEFORE_SR, OBJECTIVES[-1])]
+    shown.insert(2, (OBJECTIVES[-1], "SR-F × 0.1, SR-L × 0.1"))
+    before = [row for row in rows if row["objective"] == BEFORE_SR and row["settings"] is None]
+    lines = []
+    for objective, settings in shown:
+        own = [row for row in rows if (row["objective"], row["settings"]) == (objective, settings)]
+        own = [row for row in own if row["epochs"] == before[0]["epochs"]] if before else own
+        less = "" if objective == BEFORE_SR else _spread(_paired(own, before, "miou", EXITS[-1]), sign="+")
+        name = f"{objective}, SR weights 0.1" if settings else objective
+        lines.append([name, _spread(row["miou"] for row in own), less])
+    return table(["CamVid at 90 x 120, a small network from scratch", "mIoU of the deepest exit", "less MEA"], lines)
 
 
 def draw(path: Path, folder: Path) -> list[Path]:
@@ -56,20 +82,20 @@ def final(rows: Iterable[Row]) -> list[Row]:
     return [row for row in ended if row["objective"] != BASELINE or row["exit"] == EXITS[-1]]
 
 
-def ablation(path: Path, root: Path) -> str:
+def ablation(path: Path, link: str) -> str:
     """The five objectives, at every exit and class by class; then other settings of the SR terms."""
     rows = final(read(path))
     main = [row for row in rows if row["settings"] is None]
     seeds = sorted({row["seed"] for row in main})
     parts = [
-        f"{_about(rows, root, path)} CamVid, {_size(rows[0])}: {len(seeds)} seeds each, "
+        f"{_about(rows, link)} CamVid, {_size(rows[0])}: {len(seeds)} seeds each, "
         f"{rows[0]['epochs']:g} epochs, in all {_minutes(main)} of {_unit(rows[0])}. IoU in percent on the "
         "validation images: mean ± standard deviation over the seeds.",
         _by_exit(main),
         "The deepest exit, class by class; thin classes last:",
         _by_class(main),
     ]
-    parts += _pictures(path, root)
+    parts += _pictures(path, link)
     if len(rows) > len(main):
         parts += [
             "What was tried so that the SR terms help; without a name it is the whole objective, without epochs "
@@ -185,7 +211,7 @@ def _grouped(axes: Any, names: Sequence[str], values: Callable[[str, str], list[
 # ----------------------------------------------------------------------------------------------------- parity, a step
 
 
-def parity(path: Path, root: Path) -> str:
+def parity(path: Path, link: str) -> str:
     """Each precision's spreads, the largest also as a share of the loss."""
     rows = read(path)
     lines = [
@@ -201,7 +227,7 @@ def parity(path: Path, root: Path) -> str:
     ]
     return "\n\n".join(
         [
-            f"{_about(rows, root, path)} Curves of the losses over {rows[0]['steps']:g} steps of the small network "
+            f"{_about(rows, link)} Curves of the losses over {rows[0]['steps']:g} steps of the small network "
             "from one seed, all terms on, at a low learning rate and with SiLU for ReLU, so that no rounding grows "
             f"(MEA falls from {rows[0]['first_mea']:.1f} to {rows[0]['last_mea']:.1f}): largest difference in any "
             "step, of the total, MEA, SR-F or SR-L. The reference's own runs differ in the order of the images within "
@@ -221,7 +247,7 @@ def parity(path: Path, root: Path) -> str:
     )
 
 
-def step(path: Path, root: Path) -> str:
+def step(path: Path, link: str) -> str:
     rows = read(path)
     lines, limits = [], {}
     for fused, plain in zip(rows[::2], rows[1::2], strict=True):  # in turns
@@ -243,7 +269,7 @@ def step(path: Path, root: Path) -> str:
         )
     headings = ["network", "batch", "step: reference", "fused", "faster", "loss, forward", "peak: reference", "fused"]
     parts = [
-        f"{_about(rows, root, path)} {rows[0]['precision']}: the whole step (forward, loss, backward, update), medians "
+        f"{_about(rows, link)} {rows[0]['precision']}: the whole step (forward, loss, backward, update), medians "
         "in turns; peak memory above what is there between steps.",
         table(headings, lines),
     ]
@@ -255,7 +281,7 @@ def step(path: Path, root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def memory(path: Path, root: Path) -> str:
+def memory(path: Path, link: str) -> str:
     """What would fit, by straight lines through the measured peaks; no step's where a GPU's own are recorded."""
     rows, measured = read(path), path.with_name("ablation-step.csv")
     if measured.exists() and any(row["memory_gib"] for row in read(measured)):
@@ -279,13 +305,13 @@ def memory(path: Path, root: Path) -> str:
     headings = ["images of a size", "each: reference", "tuned", "fused", *(f"{gib} GiB" for gib in MEMORIES)]
     return "\n\n".join(
         [
-            f"{_about(rows, root, path)} **The largest batch, reference → fused, computed from memory measured on a "
+            f"{_about(rows, link)} **The largest batch, reference → fused, computed from memory measured on a "
             f"CPU**: a straight line through the peaks of {rows[0]['precision']} at several batches and sizes (off by "
             f"at most {100 * off['at most']:.1f} %, the fused loss alone by {100 * off['fused']:.0f} %), divided into "
             "the memory. A GPU also holds CUDA itself, cuDNN's workspaces and gaps, and bf16 autocast, not measured "
             "here, differs. As memory follows the pixels, n images take what one of √n times the side does. The "
             "loss alone: MEA + SR-F + SR-L of five exits of an eighth, on top of these, the reference being the "
-            "formulas as written. Beyond one GPU, torch.distributed is the next step: [several GPUs](#several-gpus).",
+            "formulas as written. Beyond one GPU, torch.distributed is the next step: [several GPUs](distributed.md).",
             table(headings, lines),
         ]
     )
@@ -315,23 +341,23 @@ def _mib(row: Row) -> str:
 # -------------------------------------------------------------------------------------------------------------- both
 
 
-def _about(rows: Sequence[Row], root: Path, path: Path) -> str:
+def _about(rows: Sequence[Row], link: str) -> str:
     """Where and with what."""
     values = {
         key: ", ".join(dict.fromkeys(f"{row[key]:g}" if isinstance(row[key], float) else row[key] for row in rows))
         for key in ("device", "threads", "torch", "commit")
     }
-    link = path.relative_to(root).as_posix()
     plural = "" if values["threads"] == "1" else "s"
     return "**{device}**, {threads} thread{s}, torch {torch}, commit {commit}: [all figures]({link}).".format(
         s=plural, link=link, **values
     )
 
 
-def _pictures(path: Path, root: Path) -> list[str]:
+def _pictures(path: Path, link: str) -> list[str]:
     captions = {"iou": "IoU at every exit, and of thin classes"}
-    files = {name: path.with_name(f"{path.stem}-{name}.png") for name in captions}
-    return [f"![{captions[n]}]({f.relative_to(root).as_posix()})" for n, f in files.items() if f.exists()]
+    files = {name: f"{path.stem}-{name}.png" for name in captions}
+    there = {name: file for name, file in files.items() if path.with_name(file).exists()}
+    return [f"![{captions[name]}]({os.path.dirname(link)}/{file})" for name, file in there.items()]
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

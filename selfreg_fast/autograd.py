@@ -28,7 +28,7 @@ def exit_loss(
     weights: tuple[float, ...],
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """`(total, losses)` of :func:`selfreg_fast.passes.exit_loss`, both differentiable with respect to the exits.
+    """`(total, losses)` of `passes.exit_loss`, both differentiable with respect to the exits.
 
     With `weights`, the gradients of the total are written by the forward launch itself. `scale` (T + 1, 1) multiplies
     the losses' rows, and the total and the gradients accordingly.

@@ -1,7 +1,7 @@
 """Which backends there are on this machine, why the others are not, and which one a call takes.
 
 Importing this module loads the compiled kernels, once. It never raises: what cannot be loaded is explained by
-:func:`backends`, and the reference serves in its stead.
+`backends`, and the reference serves in its stead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The public losses: validate the arguments, choose the backend, sum rows of the exit-loss matrix.
 
-Every function here equals the function of the same name in :mod:`selfreg_fast.reference`, which holds the formulas.
+Every function here equals the function of the same name in `reference`, which holds the formulas.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def exit_loss_matrix(
 ) -> Tensor:
     r"""All label losses and all teacher-to-student losses of N exits, each exit read once.
 
-    .. math::
-        losses_{0,i} = CE(z_i, labels), \qquad losses_{1+r,i} = L(z_{teachers_r} \to z_i) \quad (i \ne teachers_r)
+        losses[0, i] = CE(z_i, labels)        losses[1 + r, i] = L(z_teachers[r] → z_i), 0 for i = teachers[r]
+
+    L(t → s) = -τ² mean_pixels Σ_c σ(t)_c^(1/τ) log σ(s)_c^(1/τ), with σ the softmax over channels; with `renormalize`
+    -τ² mean_pixels Σ_c softmax(t/τ)_c log softmax(s/τ)_c; with `target="argmax"` CE(s, argmax_c t).
 
     SR-F is the row of teacher 0, SR-L the row of teacher N-1, MEA row 0, deep mutual learning all rows: any weighted
     sum of this matrix is a training objective.
@@ -92,7 +94,7 @@ def exit_loss_matrix(
             all images. Every rank of the group has to call, with the same options; one without a pixel that counts adds
             exactly 0. That takes one all-reduce of two numbers, for which NCCL lets no process wait. None: the mean
             over this process's pixels.
-        backend: "auto", "cpu", "cuda", "triton" or "reference", see :func:`selfreg_fast.backends`.
+        backend: "auto", "cpu", "cuda", "triton" or "reference", see `backends`.
         validate: True: look for labels out of range on a GPU, too, which waits for it. Else such a label makes the loss
             NaN there. The environment variable SELFREG_FAST_VALIDATE=1 does the same for every call.
 
@@ -102,15 +104,15 @@ def exit_loss_matrix(
         as learned weights of losses need it: of the total cheaply, else by the reference and its memory.)
 
     Warns:
-        Once a process: an exit's aspect ratio is 1.5 times the output's or more, both of at least 8 x 8 (axes may be
-        swapped); labels for exits of one channel (their loss is 0 always).
+        UserWarning: once a process: an exit's aspect ratio is 1.5 times the output's or more, both of at least 8 x 8
+            (axes may be swapped); labels for exits of one channel (their loss is 0 always).
 
     Accuracy:
         Against float64 on the same exits, of a fused backend, u = 2e-6 (1e-14 for float64 exits). A mean loss L errs by
         at most u (L + 1), for soft targets u (L + max(tau, tau^2)). An element of its gradient errs by at most u w / M,
         for soft targets u w tau P / M (w: the pixel's weight, M: the sum of the weights, P: the sum of the target, 1
         where it is renormalised), to which float16 exits add 2^-10 and bfloat16 exits 2^-7 of the element itself.
-        The file tests/README.md has it for every option, and how it was measured.
+        docs/accuracy.md has it for every option.
 
     Raises:
         TypeError, ValueError: an argument is not as described; also a label outside [0, C) that is not ignored, on a
@@ -160,18 +162,26 @@ def sr_f_loss(
 ) -> Tensor:
     r"""SR-F: the shallowest exit teaches every deeper one its details.
 
-    .. math:: SR\text{-}F = \sum_{i \ge 1} L(z_0 \to z_i)
+        SR-F = Σ_{i ≥ 1} L(z_0 → z_i)
 
     Args:
-        features: N >= 2 exits, shallow to deep: feature maps or logits, as in :func:`exit_loss_matrix`.
-        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, process_group,
-            backend: as in :func:`exit_loss_matrix`.
+        features: N >= 2 exits, shallow to deep: feature maps or logits, as in `exit_loss_matrix`.
+        temperature: tau > 0.
+        renormalize: False: softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
+        target: "soft", or "argmax": the teacher's most likely class is a hard label.
+        size: output (H, W) to which all are resized. None: the largest exit's.
+        align_corners: as in `F.interpolate`.
+        pixel_weight: (B, ...) floating, at output size.
+        reduction: "mean", "sum" or "none": a map.
+        detach_teacher: True: the teacher gets no gradient.
+        process_group: None, "world" or a `ProcessGroup`: the mean over the pixels of all its ranks.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits.
+        TypeError, ValueError, RuntimeError: as `exit_loss_matrix`; ValueError for fewer than two exits.
 
     Source: Zhang et al., ICCV 2021.
     """
@@ -211,18 +221,26 @@ def sr_l_loss(
 ) -> Tensor:
     r"""SR-L: the deepest exit teaches every shallower one its semantics.
 
-    .. math:: SR\text{-}L = \sum_{k < N-1} L(z_{N-1} \to z_k)
+        SR-L = Σ_{k < N-1} L(z_{N-1} → z_k)
 
     Args:
-        logits: N >= 2 exits, shallow to deep, as in :func:`exit_loss_matrix`.
-        temperature, renormalize, target, size, align_corners, pixel_weight, reduction, detach_teacher, process_group,
-            backend: as in :func:`exit_loss_matrix`.
+        logits: N >= 2 exits, shallow to deep, as in `exit_loss_matrix`.
+        temperature: tau > 0.
+        renormalize: False: softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
+        target: "soft", or "argmax": the teacher's most likely class is a hard label.
+        size: output (H, W) to which all are resized. None: the largest exit's.
+        align_corners: as in `F.interpolate`.
+        pixel_weight: (B, ...) floating, at output size.
+        reduction: "mean", "sum" or "none": a map.
+        detach_teacher: True: the teacher gets no gradient.
+        process_group: None, "world" or a `ProcessGroup`: the mean over the pixels of all its ranks.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits.
+        TypeError, ValueError, RuntimeError: as `exit_loss_matrix`; ValueError for fewer than two exits.
 
     Source: Zhang et al., ICCV 2021.
     """
@@ -264,20 +282,28 @@ def mea_loss(
 ) -> Tensor:
     r"""MEA (multi-exit architecture), segmentation part: every exit learns from the labels.
 
-    .. math:: MEA = \sum_i exit\_weights_i \; CE(z_i, labels)
+        MEA = Σ_i exit_weights[i] CE(z_i, labels)
 
     Args:
-        logits: N >= 1 exits (B, C, ...) of class logits, as in :func:`exit_loss_matrix`.
+        logits: N >= 1 exits (B, C, ...) of class logits, as in `exit_loss_matrix`.
         labels: (B, ...) uint8, int32 or int64.
         exit_weights: N numbers; default 1 for every exit.
-        ignore_index, class_weight, label_smoothing, size, align_corners, pixel_weight, reduction, process_group,
-            backend, validate: as in :func:`exit_loss_matrix`.
+        ignore_index: label that does not count, 255.
+        class_weight: (C,) floating, as `weight` of `F.cross_entropy`.
+        label_smoothing: in [0, 1], as in `F.cross_entropy`.
+        size: output (H, W) to which all are resized. None: the labels' size.
+        align_corners: as in `F.interpolate`.
+        pixel_weight: (B, ...) floating, at output size.
+        reduction: "mean", over the pixels that count, 0 where none does; "sum"; or "none": a map.
+        process_group: None, "world" or a `ProcessGroup`: the mean over the pixels of all its ranks.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
+        validate: True: look for labels out of range on a GPU, too, which waits for it.
 
     Returns:
         A scalar, or the (B, ...) map with `reduction="none"`; float32, or float64 for float64 exits.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`.
+        TypeError, ValueError, RuntimeError: as `exit_loss_matrix`.
 
     Source: Zhang et al., ICCV 2021.
     """
@@ -332,26 +358,42 @@ def self_regulation_loss(
 ) -> SelfRegulationOutput:
     r"""The whole Self-Regulation objective; without `features`, in one launch that also writes the gradients.
 
-    .. math::
-        total &= mea\_weight \; MEA + sr\_f\_weight \; SR\text{-}F + sr\_l\_weight \; SR\text{-}L \\
-        MEA &= seg\_weight \sum_i exit\_weights_i \; CE(z_i, labels) + cls\_weight \sum_i BCE(image\_logits_i, presence)
+        total = mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L
+        MEA = seg_weight Σ_i exit_weights[i] CE(z_i, labels) + cls_weight Σ_i BCE(image_logits[i], presence)
+
+    To begin with: `sr_f_weight=0.1, sr_l_weight=0.1`, temperature 1, on MEA alone (None for both) for a quarter of the
+    steps. Above temperature 1 `renormalize=True`: raw powers do not sum to 1, and outgrow MEA.
 
     Args:
-        logits: N >= 2 exits (B, C, ...) of class logits, shallow to deep, as in :func:`exit_loss_matrix`.
+        logits: N >= 2 exits (B, C, ...) of class logits, shallow to deep, as in `exit_loss_matrix`.
         labels: (B, ...) uint8, int32 or int64.
         features: N' >= 2 feature maps, shallow to deep, for SR-F; None: SR-F runs on `logits`. They are resized to the
-            same output size; to compare them at their own size, add :func:`sr_f_loss` to the other terms yourself.
+            same output size; to compare them at their own size, add `sr_f_loss` to the other terms yourself.
         image_logits: image-level predictions (B, C) before the sigmoid, one for each exit; None: MEA is its
             segmentation part.
         presence: (B, C) 1 where the class occurs in the image, else 0; None: made from `labels`.
-        mea_weight, sr_f_weight, sr_l_weight: weight of each part in the total. 0: computed and returned, but without
-            part in the total; None: left out and returned as 0.
+        mea_weight: weight of MEA in the total. 0: computed and returned, but without part in the total; None: left out
+            and returned as 0.
+        sr_f_weight: the same of SR-F.
+        sr_l_weight: the same of SR-L.
         seg_weight: weight of MEA's segmentation part; None: 0.8 with `image_logits`, as in the published code, else 1.
         cls_weight: weight of its image-level part; the default is the published code's.
         exit_weights: N numbers, weights of the exits' label losses; default 1.
-        temperature, renormalize, target, ignore_index, class_weight, label_smoothing, size, align_corners,
-            pixel_weight, reduction, detach_teacher, process_group, backend, validate: as in
-            :func:`exit_loss_matrix`. With `process_group`, `features` and `image_logits` take an all-reduce more, each.
+        temperature: tau > 0.
+        renormalize: False: softmax powers, sigma(z)^(1/tau). True: softmax(z / tau).
+        target: "soft", or "argmax": the teacher's most likely class is a hard label.
+        ignore_index: label that does not count in MEA.
+        class_weight: (C,) floating, as `weight` of `F.cross_entropy`.
+        label_smoothing: in [0, 1], as in `F.cross_entropy`.
+        size: output (H, W) to which all are resized. None: the labels' size.
+        align_corners: as in `F.interpolate`.
+        pixel_weight: (B, ...) floating, at output size: weighs all three parts.
+        reduction: "mean", over the pixels that count, 0 where none does; "sum"; or "none": maps.
+        detach_teacher: True: teachers get no gradient from their students.
+        process_group: None, "world" or a `ProcessGroup`: the mean over the pixels of all its ranks. `features` and
+            `image_logits` take an all-reduce more, each.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
+        validate: True: look for labels out of range on a GPU, too, which waits for it.
 
     Returns:
         `SelfRegulationOutput(total, mea, sr_f, sr_l)`: scalars (maps with `reduction="none"`), float32 or float64;
@@ -360,7 +402,7 @@ def self_regulation_loss(
         and no part has `mea_weight`, `sr_f_weight` or `sr_l_weight`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`exit_loss_matrix`; ValueError for fewer than two exits, for
+        TypeError, ValueError, RuntimeError: as `exit_loss_matrix`; ValueError for fewer than two exits, for
             `image_logits` of other classes than the logits, or with `reduction="none"` (there is no image-level map).
 
     Source: Zhang et al., ICCV 2021, with the weights 0.8 and 0.2 of its published code.
@@ -447,12 +489,12 @@ def self_regulation_loss(
 def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_group: Group = None) -> Tensor:
     r"""MEA, image-level part: every exit predicts which classes occur in the image.
 
-    .. math:: \sum_i BCE(\mathrm{sigmoid}(image\_logits_i), presence)
+        Σ_i BCE(sigmoid(image_logits[i]), presence)
 
     Args:
         image_logits: one (B, K) floating tensor for each exit, before the sigmoid.
-        presence: (B, K) 1 where the class occurs, else 0 (or probabilities), see :func:`presence_vector`.
-        process_group: as in :func:`exit_loss_matrix`: the mean is over the images of all its ranks.
+        presence: (B, K) 1 where the class occurs, else 0 (or probabilities), see `presence_vector`.
+        process_group: as in `exit_loss_matrix`: the mean is over the images of all its ranks.
 
     Returns:
         A scalar: the sum over exits of the mean over images and classes; 0 where there is no image.
@@ -476,11 +518,11 @@ def presence_loss(image_logits: Sequence[Tensor], presence: Tensor, *, process_g
 def presence_distillation_loss(image_logits: Sequence[Tensor], *, process_group: Group = None) -> Tensor:
     r"""The published code's SR-L: the deepest image-level prediction teaches the shallower ones.
 
-    .. math:: \sum_{k < N-1} BCE(\mathrm{sigmoid}(z_k), \mathrm{sigmoid}(z_{N-1})), \quad z_{N-1} \text{ detached}
+        Σ_{k < N-1} BCE(sigmoid(z_k), sigmoid(z_{N-1})), z_{N-1} detached
 
     Args:
         image_logits: N >= 2 floating tensors (B, K), before the sigmoid, shallow to deep.
-        process_group: as in :func:`exit_loss_matrix`: the mean is over the images of all its ranks.
+        process_group: as in `exit_loss_matrix`: the mean is over the images of all its ranks.
 
     Returns:
         A scalar: the sum over exits of the mean over images and classes; 0 where there is no image.
@@ -508,8 +550,8 @@ def presence_vector(labels: Tensor, num_classes: int, *, ignore_index: int = 255
         (B, K) float32, 1 where the class occurs, else 0.
 
     Raises:
-        TypeError, ValueError: labels are not (B, ...) integers, or `num_classes` is not a positive integer.
-        On a CPU, also a ValueError for a label outside [0, K) that is not ignored.
+        TypeError, ValueError: labels are not (B, ...) integers, or `num_classes` is not a positive integer; on a CPU,
+            also a label outside [0, K) that is not ignored.
     """
     checks.check_labels(labels)
     if not checks.is_integer(num_classes) or num_classes < 1:

@@ -14,32 +14,56 @@ from .exits import MultiExitOutput
 
 
 class SelfRegulationLoss(nn.Module):
-    r"""The whole Self-Regulation objective as a module: :func:`selfreg_fast.self_regulation_loss` with its options.
+    r"""The whole Self-Regulation objective as a module: `self_regulation_loss` with its options.
 
-    The authors train on MEA alone first (10,000 iterations) and then add the SR terms. That switch depends on the step
-    only, so that a resumed run needs no state::
+    Settings to begin with, on MEA alone for about a quarter of the steps (the authors: 10,000). That switch depends on
+    the step only, so that a resumed run needs no state:
 
-        criterion = SelfRegulationLoss(temperature=2.0)
+        criterion = SelfRegulationLoss(sr_f_weight=0.1, sr_l_weight=0.1, ignore_index=255)
         for step, (images, labels) in enumerate(loader):
-            criterion.enable_sr(step >= 10_000)
+            criterion.enable_sr(step >= warm_up)
             criterion(model(images), labels).total.backward()
 
     It returns a tuple, `SelfRegulationOutput(total, mea, sr_f, sr_l)`: back-propagate its `.total`. A `sum` over the
     tuple, as over losses in a dict, has every part twice.
 
+        total = mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L
+        MEA = seg_weight Σ_i exit_weights[i] CE(exit i, labels) + cls_weight Σ_i BCE(image-level i, presence)
+        SR-F = Σ_{i ≥ 1} L(exit 0 → exit i)        SR-L = Σ_{k < N-1} L(exit N-1 → exit k)
+
     Args:
-        mea_weight, sr_f_weight, sr_l_weight, seg_weight, cls_weight, temperature, renormalize, target, ignore_index,
-            label_smoothing, exit_weights, size, align_corners, reduction, detach_teacher, process_group, backend,
-            validate: as in :func:`selfreg_fast.self_regulation_loss`, same defaults.
-        class_weight: (C,) floating, kept as a buffer that moves and is saved with the module, as the weight of
-            `nn.CrossEntropyLoss`. A `state_dict` without it can be loaded: the module keeps its own (which after
-            `to_empty` is what lay in memory).
-        image_level_sr_l: True: SR-L is :func:`selfreg_fast.presence_distillation_loss` of the image-level predictions
-            instead of the loss between logits.
+        mea_weight: weight of MEA, each exit's cross-entropy with the labels. 0: computed and returned, but without part
+            in the total. None: left out and returned as 0.
+        sr_f_weight: weight of SR-F, by which the shallowest exit teaches every deeper one; 0 and None as above.
+        sr_l_weight: weight of SR-L, by which the deepest exit teaches every shallower one; 0 and None as above.
+        seg_weight: weight of MEA's part of pixels; None: 0.8 with image-level predictions, as published, else 1.
+        cls_weight: weight of MEA's part of image-level predictions.
+        temperature: tau > 0 of SR-F and SR-L. At 1 the two values of `renormalize` are the same.
+        renormalize: False: teacher and student are powers of their softmax, as in the paper, whose sum is above 1 where
+            tau is: the loss and its gradient grow with the channels. True: softmax(z / tau), as in distillation; to be
+            preferred above tau = 1.
+        target: "soft", or "argmax": the teacher's most likely class is a hard label, as in the published code.
+        ignore_index: label that does not count in MEA (SR-F and SR-L count all pixels; see `pixel_weight`).
+        class_weight: (C,) floating, as the `weight` of `nn.CrossEntropyLoss`: kept as a buffer that moves and is saved
+            with the module. A `state_dict` without it can be loaded: the module keeps its own (which after `to_empty`
+            is what lay in memory).
+        label_smoothing: in [0, 1], as in `nn.CrossEntropyLoss`.
+        exit_weights: a number for each exit's cross-entropy, shallow to deep; None: 1.
+        size: (H, W) to which all exits are resized, bilinearly, within the kernels; None: the labels' size.
+        align_corners: as in `F.interpolate`.
+        reduction: "mean", over the pixels that count, and 0 where none does; "sum"; or "none": (B, H, W) maps.
+        detach_teacher: True: teachers get no gradient from what they teach.
+        image_level_sr_l: True: SR-L is `presence_distillation_loss` of the image-level predictions instead of the loss
+            between logits, as in the published code.
+        process_group: "world" or a `torch.distributed.ProcessGroup`: the mean is over the pixels of all its ranks,
+            however unevenly they are labelled. None: over this process's.
+        backend: "auto": CUDA tensors take "cuda", else "triton", else "reference"; CPU tensors "cpu", else "reference".
+        validate: True: on a GPU, too, a label out of range is an error, for which every call waits; else it makes the
+            loss NaN there. On a CPU it always is one.
 
     Raises:
         TypeError, ValueError: an option is not as described. Whether it fits the exits, a call tells, as
-            :func:`selfreg_fast.self_regulation_loss` does.
+            `self_regulation_loss` does.
 
     Source: Zhang et al., ICCV 2021.
     """
@@ -126,7 +150,7 @@ class SelfRegulationLoss(nn.Module):
         `image_logits`.
 
         Args:
-            options: override any option of :class:`SelfRegulationLoss`.
+            options: override any option of `SelfRegulationLoss`.
         """
         return cls(**{"target": "argmax", "image_level_sr_l": True, **options})
 
@@ -146,9 +170,9 @@ class SelfRegulationLoss(nn.Module):
         presence: Tensor | None = None,
         pixel_weight: Tensor | None = None,
     ) -> functional.SelfRegulationOutput:
-        """`SelfRegulationOutput(total, mea, sr_f, sr_l)`; arguments as :func:`selfreg_fast.self_regulation_loss`.
+        """`SelfRegulationOutput(total, mea, sr_f, sr_l)`; arguments as `self_regulation_loss`.
 
-        For `logits`, what :class:`selfreg_fast.MultiExit` returns in training can be given: then `features` and
+        For `logits`, what `MultiExit` returns in training can be given: then `features` and
         `image_logits` are its own, unless others are given. (Not its features with `target="argmax"`, whose classes are
         those of logits, nor where there is only one: then SR-F runs on the logits.)
         """

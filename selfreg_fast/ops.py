@@ -31,7 +31,7 @@ REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 class Options(NamedTuple):
-    """What the launch computes; see :func:`selfreg_fast.exit_loss_matrix`."""
+    """What the launch computes; see `exit_loss_matrix`."""
 
     teachers: tuple[int, ...]
     temperature: float

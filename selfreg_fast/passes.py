@@ -23,7 +23,7 @@ def exit_loss(
     wanted: Sequence[int],
     options: Options,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """:func:`selfreg_fast.ops.exit_loss` of any number of exits."""
+    """`ops.exit_loss` of any number of exits."""
     most = ops.MOST_EXITS.get(backend, len(exits))
     run = ops.exit_loss if len(exits) <= most else partial(_in_passes, most)
     return run(backend, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted, options)

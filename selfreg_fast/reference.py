@@ -61,7 +61,7 @@ __all__ = [
 
 
 class SelfRegulationOutput(NamedTuple):
-    """What :func:`self_regulation_loss` returns, all differentiable: back-propagate `total`.
+    """What `self_regulation_loss` returns, all differentiable: back-propagate `total`.
 
     Attributes:
         total: mea_weight MEA + sr_f_weight SR-F + sr_l_weight SR-L. (`sum(output)` is that and its parts again.)
@@ -139,7 +139,7 @@ def exit_loss_matrix(
 ) -> Tensor:
     """`losses[0, i]`: label loss of exit i; `losses[1 + r, i]`: loss of exit i taught by exit `teachers[r]`.
 
-    See :func:`selfreg_fast.exit_loss_matrix` for the arguments.
+    See `exit_loss_matrix` for the arguments.
     """
     check_group(process_group, reduction)
     temperature, label_smoothing = float(temperature), float(label_smoothing)
@@ -436,7 +436,7 @@ def _where_counted(z: Tensor, weight: Tensor) -> Tensor:
 
 
 def _divisor(norm: Tensor, process_group: Group) -> Tensor:
-    """M: the sum of `norm`; with a process group the mean of the ranks' sums, see :mod:`selfreg_fast.distributed`."""
+    """M: the sum of `norm`; with a process group the mean of the ranks' sums, see `distributed`."""
     total = norm.sum()
     return total if process_group is None else mean_over_ranks(total, process_group).to(total.dtype)
 

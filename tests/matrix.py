@@ -399,7 +399,7 @@ def read_values(output: bytes) -> list[tuple[str, np.ndarray]]:
 
 
 def compare(here: list[tuple[str, np.ndarray]], there: list[tuple[str, np.ndarray]]) -> Counter[str]:
-    """How many numbers of each dtype are equal, but for the rounding that README.md explains.
+    """How many numbers of each dtype are equal, but for the rounding that docs/accuracy.md explains.
 
     Terms of a mean's gradient are of the size 1e-4, for so many pixels these launches have: where student and teacher
     agree, a gradient is but what rounding leaves of them.

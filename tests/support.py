@@ -247,7 +247,7 @@ def smallest(dtype: torch.dtype) -> float:
 
 # ------------------------------------------------------------------------------------------------------ error bounds
 
-# How far a result may be from float64, as README.md ("Error bounds") and the docstring of exit_loss_matrix say:
+# How far a result may be from float64, as docs/accuracy.md and the docstring of exit_loss_matrix say:
 # the loss of exits of this dtype by `sum`, and an element of their gradient by `sum` and by `result`,
 # `sum` being relative to what is added up in it (`magnitudes`), and `result` to the element itself.
 ERRORS = {

@@ -1,4 +1,4 @@
-"""The ablation's training, on a tiny network and images of noise: resumed, collected, written into the README."""
+"""The ablation's training, on a tiny network and images of noise: resumed, collected, written into the documents."""
 
 from __future__ import annotations
 
@@ -209,14 +209,18 @@ def test_command_resumes_collects_and_draws(
     assert len(program.collected(tmp_path / "out" / "quick")) == len(rows) + 8
 
     readme = importlib.import_module("readme")
-    (tmp_path / "README.md").write_text(
-        "".join(f"<!-- {n}: written by `make bench-readme` -->\n<!-- end of {n} -->\n" for n in readme.SECTIONS)
-    )
+    (tmp_path / "docs").mkdir()
+    for document, sections in readme.SECTIONS.items():
+        (tmp_path / document).write_text(
+            "".join(f"<!-- {n}: written by `make bench-readme` -->\n<!-- end of {n} -->\n" for n in sections)
+        )
     assert readme.problems(tmp_path)
     assert readme.main([], tmp_path) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "docs" / "training.md").read_text()
     assert all(f"\n| {name} | " in text for name in training.OBJECTIVES)
-    assert "ablation-quick-iou.png" in text
+    assert "(../benchmarks/results/ablation-quick-iou.png)" in text
+    readmes = (tmp_path / "README.md").read_text()
+    assert all(f"\n| {name} | " in readmes for name in ("deepest exit only", "MEA", training.ALL))
     path.write_text(path.read_text().replace("MEA + SR-F,", "MEA + SR-F,", 1) + "\n")
     assert len(readme.problems(tmp_path)) == 1  # the picture is of other results
 
@@ -245,7 +249,7 @@ def test_interrupted_it_says_how_to_go_on(
 
 
 def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None:
-    """The README's other tables, of made-up results: multiples, spreads and the largest batches."""
+    """The documents' other tables, of made-up results: multiples, spreads and the largest batches."""
     results = importlib.import_module("training_results")
     setting = {"device": "A device", "threads": "2", "torch": "2.13", "commit": "abc"}
     step = {**setting, "network": "full", "batch": "8", "size": "512x512", "sr_f_on": "logits", "precision": "fp32"}
@@ -257,7 +261,7 @@ def test_parity_and_steps_are_told(training: ModuleType, tmp_path: Path) -> None
     folder = tmp_path / "benchmarks" / "results"
     training.write([fused, plain, *limits], folder / "ablation-step.csv")
     training.write([{**setting, **spread}], folder / "ablation-parity.csv")
-    text = results.section(tmp_path)
+    text = results.steps(tmp_path, tmp_path / "docs")
     assert (
         "| full, SR-F on logits | 8 of 512·512 | 250 ms | **100 ms** | 2.50× | 80.0 → 10.0 ms | 8 MiB | **1 MiB** |"
         in text
@@ -299,12 +303,12 @@ def test_what_fits_follows_from_lines(training: ModuleType, tmp_path: Path) -> N
     ]
     path = tmp_path / "ablation-memory.csv"
     training.write(rows, path)
-    text = results.memory(path, tmp_path)
+    text = results.memory(path, path.name)
     # An image takes 4 MiB and 64 times as much: (8192 - 64) MiB hold 2032 and 31 of them.
     assert "| step, 64·64 | 256 MiB |  | 4 MiB | 31 → **2,032** |" in text and "| loss, 64·64 | 256 MiB |" in text
     assert "at most 0.0 %" in text
     training.write([{"memory_gib": 80}], tmp_path / "ablation-step.csv")
-    text = results.memory(path, tmp_path)
+    text = results.memory(path, path.name)
     assert "| step" not in text and "| loss, 64·64 | 256 MiB |" in text
 
 

@@ -1,4 +1,4 @@
-"""The benchmark program without its timing: cases, records, growth, figures, and the README made of the results."""
+"""The benchmark program without its timing: cases, records, growth, figures, and the documents made of the results."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """A README with markers beside results/device.csv, whose figures are made up."""
-    (tmp_path / "README.md").write_text(
-        "before\n<!-- benchmarks: written by `make bench-readme` -->\nold\n<!-- end of benchmarks -->\n"
-        "<!-- training: written by `make bench-readme` -->\nold\n<!-- end of training -->\nafter\n"
-    )
+def results(tmp_path: Path, readme: ModuleType) -> Path:
+    """Documents with markers beside results/device.csv, whose figures are made up."""
+    for document, sections in readme.SECTIONS.items():
+        marked = "".join(
+            f"<!-- {name}: written by `make bench-readme` -->\nold\n<!-- end of {name} -->\n" for name in sections
+        )
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        (tmp_path / document).write_text(f"before\n{marked}after\n")
     path = tmp_path / "benchmarks" / "results" / "device.csv"
     path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
@@ -76,18 +78,24 @@ def test_readme_is_written_and_checked(readme: ModuleType, results: Path) -> Non
     root = results.parents[2]
     assert readme.problems(root)
     assert readme.main([], root) == 0
-    text = (root / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    texts = {document: (root / document).read_text() for document in readme.SECTIONS}
+    for text in texts.values():
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    best = min(SMALL.peers.index(peer) for peer in readme.EAGER) + 1.0
+    assert f"the output's size: {best} times faster, {best} times less memory" in texts["README.md"]
+    text = texts["docs/benchmarks.md"]
     assert "A device" in text and "small bf16" in text and "3 of 1·3·4·5 → 8·9" in text
-    assert {p.name for p in results.parent.glob("*.png")} == {f"device-{name}.png" for name in readme.FIGURES}
+    assert "(../benchmarks/results/device-speed.png)" in text
+    figures = set(readme.FIGURES) - {"main"}  # there are none of its cases
+    assert {p.name for p in results.parent.glob("*.png")} == {f"device-{name}.png" for name in figures}
     assert readme.main(["--check"], root) == 0
 
     results.write_text(results.read_text().replace("A device", "Another"))
     found = readme.problems(root)
-    assert len(found) == 1 + len(readme.FIGURES) and "README.md" in found[0]
+    assert len(found) == 2 + len(figures) and "README.md" in found[0] and "docs/benchmarks.md" in found[1]
     assert readme.main(["--check"], root) == 1
     results.unlink()
-    assert len(readme.problems(root)) == 1 + len(readme.FIGURES)
+    assert len(readme.problems(root)) == 2 + len(figures)
 
 
 def test_what_a_gpu_measured_becomes_results(
@@ -272,3 +280,75 @@ def bench_main(*arguments: str) -> int:
     from selfreg_fast.__main__ import main
 
     return main(["bench", *arguments])
+
+
+WHERE = "a device (2 threads)"
+
+
+def varied(name: str, **times: float) -> list[trial.Record]:
+    """Records of a case, whose peers take so many times as long as the fused loss, 4 ms, and its square of 2 MiB."""
+    peers = {"fused": 1.0} | {peer.replace("_", " "): multiple for peer, multiple in times.items()}
+    case = SMALL._replace(name=name)
+    return [
+        trial.describe(case, peer) | {"both_ms": 4 * m, "times_fused": m, "peak_bytes": int(m**2 * (2 << 20))}
+        for peer, m in peers.items()
+    ]
+
+
+def test_one_case_in_words() -> None:
+    """The best peer for time and for memory, and what it is; those that are not plain PyTorch do not count."""
+    records = varied("small", as_written=8.0, tuned=3.0) + [
+        trial.describe(SMALL, peer) | {"both_ms": 0.1, "times_fused": 0.025, "peak_bytes": 1}
+        for peer in (cases.LIGER, cases.FUSED_SR_L, cases.TRITON)
+    ]
+    assert report.conclusion(records, WHERE) == (
+        "On a device (2 threads), the fused loss, forward and backward, took 3.0 times less time than the fastest "
+        'plain PyTorch in the case small ("tuned"), and 9.0 times less memory than the most frugal ("tuned"). '
+        'Here "tuned" is hand-tuned eager PyTorch.'
+    )
+
+
+def test_several_cases_in_words() -> None:
+    """From the least to the most, with the median, the best peers counted."""
+    records = varied("a", as_written=2.0, tuned=3.0) + varied("b", tuned=4.0) + varied("c", as_written=9.0, tuned=8.0)
+    said = report.conclusion(records, WHERE)
+    assert "took between 2.0 and 8.0 times less time (median 4.0) than the fastest plain PyTorch in each of 3" in said
+    assert '("tuned" in 2, "as written" in 1), and between 4.0 and 64.0 times less memory (median 16.0)' in said
+    assert '"as written" is the formulas' in said and "had nothing to compare" not in said
+
+
+def test_what_is_slower_is_said() -> None:
+    """In one case, and in some of several."""
+    said = report.conclusion(varied("small", tuned=0.5), WHERE)
+    assert "took 2.0 times more time than" in said and "and 4.0 times more memory than" in said
+    said = report.conclusion(varied("a", tuned=0.5) + varied("b", tuned=1.0) + varied("c", tuned=3.0), WHERE)
+    assert "took between 2.0 times more time and 3.0 times less time (median: no less time) than" in said
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    """No peer, no fused loss, another loss, memory that was not measured."""
+    alone = varied("alone")
+    assert "there is nothing to compare it with" in report.conclusion(alone, WHERE)
+    skipped = bench.without_figures(SMALL, "skipped: no time was left")
+    assert "the fused loss was measured in no case" in report.conclusion(skipped, WHERE)
+    wrong = varied("wrong", tuned=0.1)
+    wrong[1]["note"] = "another loss: 1, the reference's is 2"
+    assert report.conclusion(wrong, WHERE) == report.conclusion(alone, WHERE)
+    said = report.conclusion(alone + skipped + wrong + varied("right", tuned=3.0), WHERE)
+    assert "in the case right" in said and said.endswith(" 3 more of the cases had nothing to compare.")
+
+    blind = [record | {"peak_bytes": None} for record in varied("blind", tuned=3.0)]
+    assert '("tuned"); memory was not measured. Here' in report.conclusion(blind, WHERE)
+    said = report.conclusion(blind + varied("seen", tuned=3.0), WHERE)
+    assert 'and 9.0 times less memory than the most frugal in the 1 where it was measured ("tuned")' in said
+
+
+def test_triton_stands_in_where_cuda_kernels_do_not_run() -> None:
+    """On a GPU without nvcc it is what a user gets; its multiples are not those of the records."""
+    records = varied("small", tuned=3.0)
+    records[0] = records[0] | {"both_ms": None, "note": "does not run: made up"}
+    records[1]["times_fused"] = None
+    triton = trial.describe(SMALL, cases.TRITON) | {"both_ms": 2.0, "peak_bytes": 1 << 20}
+    said = report.conclusion([records[0], triton, records[1]], "a GPU")
+    assert said.startswith("On a GPU, the fused loss by Triton, forward and backward, took 6.0 times less time than")
+    assert "and 18.0 times less memory than" in said

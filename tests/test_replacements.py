@@ -1,4 +1,4 @@
-"""Common PyTorch code and what replaces it: value and gradient of every row of the README's table, and its traps."""
+"""Common PyTorch code and what replaces it: value and gradient of every row of docs/replacements.md, and its traps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ import selfreg_fast as srf
 
 H, W, C, TAU = 6, 8, 5, 2.0
 DOUBLE = RELATIVE[torch.float64]
+DOCUMENT = Path(__file__).parents[1] / "docs" / "replacements.md"
 
 
 class Row(NamedTuple):
-    """Two expressions with the same gradient, and how much the plain one's value is below the fused one's."""
+    """Two expressions with the same gradient, and what the fused one's value has above the plain one's."""
 
     plain: str
     fused: str
-    less: str = "0"
+    above: str = "0"
 
 
-# `entropy` is that of softmax(t / tau), mean over pixels: by tau^2 of it kl_div is below cross-entropy, a constant.
+# kl_div is below cross-entropy by the teacher's entropy, a constant; the document says how to compute it.
 ROWS = {
     "cross-entropy of resized exits": Row(
         "sum(F.cross_entropy(F.interpolate(z, labels.shape[1:], mode='bilinear'), labels.long(), ignore_index=255)"
@@ -38,6 +39,23 @@ ROWS = {
     "auxiliary head": Row(
         "F.cross_entropy(s, labels, ignore_index=255) + 0.4 * F.cross_entropy(t, labels, ignore_index=255)",
         "srf.mea_loss([t, s], labels, exit_weights=[0.4, 1])",
+    ),
+    "class weights and void": Row(
+        "F.cross_entropy(s, labels, class_weight, ignore_index=255)",
+        "srf.mea_loss([s], labels, class_weight=class_weight)",
+    ),
+    "labels and a frozen teacher": Row(
+        "F.cross_entropy(s, labels, ignore_index=255)"
+        " + 0.5 * tau**2 * F.cross_entropy(s / tau, (t.detach() / tau).softmax(1))",
+        "srf.self_regulation_loss([s, t], labels, exit_weights=[1, 0], sr_f_weight=None, sr_l_weight=0.5,"
+        " temperature=tau, renormalize=True).total",
+    ),
+    "labels and a frozen teacher, kl_div": Row(
+        "F.cross_entropy(s, labels, ignore_index=255) + 0.5 * tau**2 * F.kl_div((s / tau).log_softmax(1),"
+        " (t.detach() / tau).softmax(1), reduction='none').sum(1).mean()",
+        "srf.self_regulation_loss([s, t], labels, exit_weights=[1, 0], sr_f_weight=None, sr_l_weight=0.5,"
+        " temperature=tau, renormalize=True).total",
+        "0.5 * tau**2 * entropy",
     ),
     "mmseg CrossEntropyLoss": Row(
         "F.cross_entropy(s, labels, ignore_index=255, reduction='none').mean()",
@@ -116,7 +134,7 @@ ROWS = {
 
 def _on(backend: Backend) -> Any:
     """The package with `backend` as the default of every function and module."""
-    functions = ("mea_loss", "sr_f_loss", "sr_l_loss", "exit_loss_matrix")
+    functions = ("mea_loss", "sr_f_loss", "sr_l_loss", "self_regulation_loss", "exit_loss_matrix")
     bound = {name: functools.partial(getattr(srf, name), backend=backend.name) for name in functions}
     published = functools.partial(srf.SelfRegulationLoss.published, backend=backend.name)
     return SimpleNamespace(
@@ -136,11 +154,9 @@ def _names(backend: Backend) -> dict[str, Any]:
     deepest_first = [-1, *range(len(logits) - 1)]
     resize = nn.UpsamplingBilinear2d((H, W))
 
-    def entropy(z: torch.Tensor, dim: int) -> torch.Tensor:
-        z = (z.detach() / TAU).flatten(2)
-        return -(z.softmax(dim) * z.log_softmax(dim)).sum(dim)
-
-    return {
+    entropies: dict[str, Any] = {"s": s.detach(), "t": t.detach(), "labels": labels, "tau": TAU}
+    exec(re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)[1], entropies)
+    return entropies | {
         "F": F,
         "srf": _on(backend),
         "logits": logits,
@@ -151,15 +167,12 @@ def _names(backend: Backend) -> dict[str, Any]:
         "pred": [image_logits[i].sigmoid() for i in deepest_first],
         "present": torch.stack([torch.histc(y.cpu().double(), C, 0, C - 1) > 0 for y in labels]).to(s),
         "labels": labels,
+        "class_weight": torch.linspace(0.5, 2, C, **double),
         "labels_100": labels.where(labels != 255, -100),
         "tau": TAU,
         "H": H,
         "W": W,
         "C": C,
-        "entropy": entropy(t, 1).mean(),
-        "labelled_entropy": entropy(t, 1)[(labels != 255).flatten(1)].mean(),
-        "spatial_entropy": entropy(t, 2).mean(),
-        "entropies": sum(entropy(TAU * z, 1).mean() for z in (s, t)),
     }
 
 
@@ -167,8 +180,9 @@ def _names(backend: Backend) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 def test_the_fused_loss_replaces_the_plain_one(backend: Backend, name: str) -> None:
     row, names = ROWS[name], _names(backend)
-    plain, fused, less = (eval(code, {**names}) for code in row)
-    assert_close(fused.detach() - less, plain.detach(), 10 * DOUBLE)  # some rows are small differences of large numbers
+    plain, fused, above = (eval(code, {**names}) for code in row)
+    # Some rows are small differences of large numbers.
+    assert_close(fused.detach() - above, plain.detach(), 10 * DOUBLE)
     inputs = [*names["logits"], names["s"], names["t"], *names["image_logits"]]
     actual, expected = gradients(fused, inputs), gradients(plain, inputs)
     assert any(g.any() for g in expected)
@@ -176,13 +190,20 @@ def test_the_fused_loss_replaces_the_plain_one(backend: Backend, name: str) -> N
         assert_close(a, e, DOUBLE)
 
 
-def test_the_readme_has_these_rows() -> None:
-    """Every line of its table is a row here."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[readme.index("### Replace this by that") :].split("\n\n")[2]
-    shown = [tuple(re.findall(r"`([^`]+)`", line)[:2]) for line in table.splitlines()[2:]]
-    assert len(shown) >= 10
-    assert set(shown) <= {(row.plain, row.fused) for row in ROWS.values()}
+def _rows_of(document: str) -> list[list[str]]:
+    """The cells of its lines that have a replacement in the second one, without the marks of code."""
+    lines = (Path(__file__).parents[1] / document).read_text().splitlines()
+    cells = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return [line for line in cells if len(line) > 1 and line[1].startswith("srf.")]
+
+
+def test_the_documents_have_these_rows() -> None:
+    """Every line of their tables is a row here, and says with its sign what the value has above the plain one's."""
+    stated = [(plain, fused, above.lstrip("+ `")) for plain, fused, above, _ in _rows_of("docs/replacements.md")]
+    assert len(stated) == len(set(stated)) >= 14
+    assert set(stated) <= set(map(tuple, ROWS.values()))
+    same = {row[:2] for row in ROWS.values() if row.above == "0"}
+    assert len(_rows_of("README.md")) >= 4 and set(map(tuple, _rows_of("README.md"))) <= same
 
 
 def test_the_trap_of_255(backend: Backend) -> None:
