@@ -125,7 +125,7 @@ def backends() -> dict[str, str]:
         {"cuda": ..., "triton": ..., "cpu": ..., "reference": ...}: "available", or why not and what to do about it.
     """
     if torch.cuda.is_available():
-        _look_at_gpus()
+        _look_at_gpu(torch.cuda.current_device())
     states = {name: _STATUS[name] for name in NAMES}
     for name in ("cuda", "triton"):
         if states[name] == AVAILABLE and device_of(name) == "cuda" and not torch.cuda.is_available():
@@ -138,16 +138,18 @@ def device_of(name: str) -> str:
     return "cpu" if name in _SERVING["cpu"] else "cuda"
 
 
-def choose(name: str, device_type: str) -> str:
+def choose(name: str, device_type: str, device: int = 0) -> str:
     """The backend that serves a call.
 
     "auto" is the first available of cuda, triton, reference for CUDA tensors, of cpu, reference for CPU tensors, and
-    the reference for all others. The CUDA kernels are available where they run on every GPU that torch sees; a first
-    call within torch.compile does not look. Where kernels are meant to serve and there are none, it warns, once.
+    the reference for all others. The CUDA kernels are available where they are built for every GPU that torch sees, and
+    can be loaded on those that were asked for; a first call within torch.compile does not look. Where kernels are meant
+    to serve and others do, or none, it warns, once.
 
     Args:
         name: "auto", "cuda", "triton", "cpu" or "reference".
         device_type: the tensors' `device.type`.
+        device: their `device.index`, if they are CUDA tensors.
 
     Returns:
         "cuda", "triton", "cpu" or "reference".
@@ -157,8 +159,8 @@ def choose(name: str, device_type: str) -> str:
         RuntimeError: the backend asked for is not available.
     """
     # In the hot path, and traced by torch.compile: look-ups of strings in what does not change, nothing else.
-    if device_type == "cuda" and not torch.compiler.is_compiling() and not _gpus_seen:
-        _look_at_gpus()
+    if device_type == "cuda" and not torch.compiler.is_compiling() and device not in _gpus_seen:
+        _look_at_gpu(device)
     if name == "auto":
         chosen = _AUTO.get(device_type, "reference")
         if chosen == "reference" and device_type in _SERVING and not torch.compiler.is_compiling():
@@ -178,34 +180,56 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
 
 
-def _look_at_gpus() -> None:
-    """Takes the CUDA kernels back where a GPU here cannot run them.
+def _look_at_gpu(device: int) -> None:
+    """Takes the CUDA kernels back where a GPU here cannot run them, or where they cannot be loaded on this one.
 
-    It looks once, and not when this module is imported, for to ask a GPU anything starts CUDA in this process.
+    It looks once a GPU, and not when this module is imported, for to ask anything starts CUDA in this process, and to
+    load a kernel takes memory on the GPU: that is done only on those that are used.
     """
-    global _gpus_seen
-    if _gpus_seen or CUDA_ON_HOST or _STATUS["cuda"] != AVAILABLE:
+    if device in _gpus_seen or CUDA_ON_HOST or _STATUS["cuda"] != AVAILABLE:
         return
-    archs = build_record().get("archs", [])
     try:
-        gpus = [(torch.cuda.get_device_capability(i), i) for i in range(torch.cuda.device_count())]
+        problem = _not_built_for_a_gpu() or _not_loaded(device)
     except (RuntimeError, AssertionError):  # a GPU in exclusive use, a forked process: the call itself will say so
         return
-    _gpus_seen = True
-    for capability, device in gpus:
+    _gpus_seen.add(device)
+    if problem:
+        _STATUS["cuda"] = problem
+        _AUTO["cuda"] = next(name for name in _SERVING["cuda"] if _STATUS[name] == AVAILABLE)
+        if _AUTO["cuda"] != "reference":  # of which the call warns
+            warnings.warn(f"selfreg_fast: cuda tensors take {_AUTO['cuda']}. cuda: {problem}", stacklevel=4)
+
+
+def _not_built_for_a_gpu() -> str:
+    """Which GPU here the kernels have no code for, and what to do about it; "" if there is none."""
+    archs = build_record().get("archs", [])
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
         if runs_on(capability, archs):
             continue
         number = ".".join(map(str, capability))
         gpu = f"{torch.cuda.get_device_name(device)} (compute capability {number})"
-        _STATUS["cuda"] = f"built for {', '.join(archs)}, not for the {gpu}: " + (
+        return f"built for {', '.join(archs)}, not for the {gpu}: " + (
             "the kernels need 8.0 or newer"
             if capability < (8, 0)
             else f"to reinstall: SELFREG_FAST_CUDA_ARCHS={number} {_REINSTALL}"
         )
-        _AUTO["cuda"] = next(name for name in _SERVING["cuda"] if _STATUS[name] == AVAILABLE)
+    return ""
 
 
-_gpus_seen = False
+def _not_loaded(device: int) -> str:
+    """Why a kernel cannot be loaded on this GPU, in CUDA's words, and what to do about it; "" if it can."""
+    error = torch.ops.selfreg_fast.load_cuda(device)
+    if not error:
+        return ""
+    nvcc = build_record().get("nvcc") or "unknown"
+    return (
+        f"cannot be loaded on GPU {device}: {error}. Built with nvcc {nvcc}: an older driver needs the kernels of an "
+        f"older nvcc. To reinstall: {_REINSTALL}"
+    )
+
+
+_gpus_seen: set[int] = set()
 
 
 def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:

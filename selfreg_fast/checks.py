@@ -217,8 +217,10 @@ def check_device(t: Tensor, name: str, first: Tensor, whose: str = "the exits") 
 def count(exits: Sequence[Tensor], name: str, at_least: int = 1, instead: str = "") -> int:
     """The number of exits. `instead`: what to call where there are too few."""
     if not is_sequence(exits) or hasattr(exits, "logits"):  # the latter is what MultiExit returns
-        hint = f"; pass [{name}]" if isinstance(exits, Tensor) else ""
-        hint = "; pass its .logits and .features" if hasattr(exits, "logits") else hint
+        of_network = isinstance(exits, (Tensor, dict)) or hasattr(exits, "logits")
+        hint = "; a MultiExit in evaluation mode returns what its network does: model.all_exits has the exits"
+        hint = f"{f'; pass [{name}]' if isinstance(exits, Tensor) else ''}{hint}" if of_network else ""
+        hint = "; pass its .logits and .features" if hasattr(exits, "features") else hint
         raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(exits).__name__}{hint}")
     if len(exits) < at_least:
         hint = f"; {instead}" if len(exits) == 1 and instead else ""

@@ -381,7 +381,8 @@ def _check_stages(network: nn.Module, stages: Sequence[str]) -> tuple[str, ...]:
     for name in stages:
         if name not in known:
             inside = [k for k in known if k.endswith("." + name)]  # of a network wrapped by DDP or torch.compile
-            close = (inside + difflib.get_close_matches(name, known, n=3))[:3] or [k for k in known if "." not in k]
+            close = list(dict.fromkeys(inside + difflib.get_close_matches(name, known, n=3)))[:3]
+            close = close or [k for k in known if "." not in k]
             raise ValueError(
                 f"stages: the network has no module {name!r}; do you mean {', '.join(map(repr, close)) or 'another'}?"
             )

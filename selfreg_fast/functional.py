@@ -365,7 +365,8 @@ def self_regulation_loss(
     steps. Above temperature 1 `renormalize=True`: raw powers do not sum to 1, and outgrow MEA.
 
     Args:
-        logits: N >= 2 exits (B, C, ...) of class logits, shallow to deep, as in `exit_loss_matrix`.
+        logits: N >= 2 exits (B, C, ...) of class logits, shallow to deep, as in `exit_loss_matrix`; one will do where
+            neither SR-F nor SR-L runs on them.
         labels: (B, ...) uint8, int32 or int64.
         features: N' >= 2 feature maps, shallow to deep, for SR-F; None: SR-F runs on `logits`. They are resized to the
             same output size; to compare them at their own size, add `sr_f_loss` to the other terms yourself.
@@ -407,7 +408,9 @@ def self_regulation_loss(
 
     Source: Zhang et al., ICCV 2021, with the weights 0.8 and 0.2 of its published code.
     """
-    n = checks.count(logits, "logits", at_least=2, instead="mea_loss takes one")
+    taught = sr_l_weight is not None or (sr_f_weight is not None and features is None)
+    instead = "mea_loss takes one, and so does this with sr_f_weight=None and sr_l_weight=None, or enable_sr(False)"
+    n = checks.count(logits, "logits", at_least=2 if taught else 1, instead=instead)
     checks.check_tensor(labels, "labels")
     exit_weights = checks.exit_weights_of(exit_weights, n)
     mea_weight = checks.part_weight(mea_weight, "mea_weight")
@@ -618,7 +621,7 @@ def _losses(
     if class_weight is not None:
         checks.check_class_weight(class_weight, first)
 
-    chosen = choose(backend, first.device.type)
+    chosen = choose(backend, first.device.type, first.device.index or 0)
     on_gpu = first.device.type != "cpu"
     if labels is not None and ((validate or VALIDATE) if on_gpu else chosen == "reference") and checks.is_real(labels):
         checks.check_label_values(labels, first.shape[1], ignore_index)

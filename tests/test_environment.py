@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from selfreg_fast.backends import runs_on
+import selfreg_fast
+from selfreg_fast.backends import CUDA_ON_HOST, runs_on
 
 
 def run(program: str, **environment: str) -> str:
@@ -74,7 +77,9 @@ backends._STATUS |= {"cuda": "available", "triton": "available"}
 backends._AUTO["cuda"] = "cuda"
 backends.CUDA_ON_HOST = ""
 backends._SERVING["cuda"] = "cuda", "triton", "reference"
-backends.build_record = lambda: {"archs": %r}
+backends.build_record = lambda: {"archs": %r, "nvcc": "13.0"}
+torch.ops.selfreg_fast.load_cuda = ["", "no image"].__getitem__
+torch.cuda.current_device = lambda: 0
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_capability = lambda device: [(9, 0), %r][device]
 torch.cuda.get_device_name = lambda device: "Tesla Old"
@@ -99,6 +104,26 @@ def test_a_gpu_that_the_kernels_do_not_run_on() -> None:
     assert run(OLD_GPU % (["8.0", "9.0+PTX"], (12, 0), False)) == "cuda available"
 
 
+LOADING = """
+print(backends.choose("auto", "cuda", 0), selfreg_fast.backends()["cuda"])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print([backends.choose("auto", "cuda", 1) for _ in range(2)], len(caught), caught[0].message)
+print(selfreg_fast.backends()["cuda"])
+"""
+
+
+def test_kernels_that_cannot_be_loaded_on_a_gpu() -> None:
+    """Asked once a GPU, when it is used: "auto" goes on to the next backend with one warning, `backends()` says why."""
+    before = OLD_GPU[: OLD_GPU.index("print(backends.choose")] % (["8.0", "9.0+PTX"], (9, 0), False)
+    said = run(f"import warnings{before}{LOADING}").splitlines()
+    assert said[0] == "cuda available"
+    assert said[1].startswith(
+        "['triton', 'triton'] 1 selfreg_fast: cuda tensors take triton. cuda: cannot be loaded on "
+    )
+    assert said[2].startswith("cannot be loaded on GPU 1: no image. Built with nvcc 13.0: ")
+
+
 @pytest.mark.parametrize(
     ("archs", "runs", "does_not"),
     [
@@ -113,3 +138,45 @@ def test_a_gpu_that_the_kernels_do_not_run_on() -> None:
 def test_architectures_that_run_on_a_gpu(archs: list[str], runs: list[tuple[int, int]], does_not: list) -> None:
     assert all(runs_on(gpu, archs) for gpu in runs)
     assert not any(runs_on(gpu, archs) for gpu in does_not)
+
+
+NO_IMAGE = r"no kernel image is available for execution on the device \(cudaErrorNoKernelImageForDevice\)"
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("cudaDeviceGetAttribute 35", r"driver version is insufficient .* \(cudaErrorInsufficientDriver\)"),
+        ("cudaFuncSetAttribute 209", NO_IMAGE),
+        ("cudaOccupancyMaxActiveBlocksPerMultiprocessor 2", r"out of memory \(cudaErrorMemoryAllocation\)"),
+        ("cudaLaunchKernelEx 209", NO_IMAGE),
+    ],
+)
+@pytest.mark.parametrize("size", [(6, 8), (3, 4)])
+def test_the_first_error_of_cuda_is_the_one_told(
+    monkeypatch: pytest.MonkeyPatch, fails: str, said: str, size: tuple[int, int]
+) -> None:
+    """Whatever fails first, with exits of either kind; nothing of it is kept, and the next call is right."""
+    if not CUDA_ON_HOST or selfreg_fast.backends()["cuda"] != "available":
+        pytest.skip("failures are injected where CUDA's runtime is the tests' own")
+    exits = [torch.randn(1, 3, *size) for _ in range(2)]
+    labels = torch.zeros(1, 6, 8, dtype=torch.uint8)
+
+    def total() -> float:
+        return selfreg_fast.self_regulation_loss(exits, labels, backend="cuda").total.item()
+
+    expected = total()
+    with ThreadPoolExecutor(1) as new_thread:  # which knows of no kernel yet
+        monkeypatch.setenv("CUDA_ON_HOST_FAILS", fails)
+        with pytest.raises(RuntimeError, match=f"CUDA: .*{said}"):
+            new_thread.submit(total).result()
+        monkeypatch.delenv("CUDA_ON_HOST_FAILS")
+        assert new_thread.submit(total).result() == expected
+
+
+def test_what_loading_a_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA_ON_HOST or selfreg_fast.backends()["cuda"] != "available":
+        pytest.skip("failures are injected where CUDA's runtime is the tests' own")
+    assert torch.ops.selfreg_fast.load_cuda(0) == ""
+    monkeypatch.setenv("CUDA_ON_HOST_FAILS", "cudaFuncGetAttributes 209")
+    assert re.fullmatch(NO_IMAGE, torch.ops.selfreg_fast.load_cuda(0))

@@ -116,6 +116,18 @@ def test_sr_can_wait_for_the_warm_up(backend: Backend, published: bool) -> None:
     assert all(torch.equal(a, e) for a, e in zip(again, full, strict=True))
 
 
+def test_one_exit_will_do_without_sr(backend: Backend) -> None:
+    """As of a network that is validated: the same value and gradient as mea_loss; with SR it says what to do."""
+    (exit,), labels = leaves(_inputs(backend)[0][:1]), _inputs(backend)[1]
+    criterion = srf.SelfRegulationLoss(backend=backend.name, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"at least 2 exits, got 1; .*enable_sr\(False\)"):
+        criterion([exit], labels)
+    loss = criterion.enable_sr(False)([exit], labels)
+    expected = srf.mea_loss([exit], labels, backend=backend.name, label_smoothing=0.1)
+    assert torch.equal(loss.total, expected) and loss.sr_f == 0 and loss.sr_l == 0
+    assert torch.equal(*gradients(loss.total, [exit]), *gradients(expected, [exit]))
+
+
 def test_copy_pickle_move_and_state(backend: Backend) -> None:
     """deepcopy and pickle keep the options; class weights move with the module."""
     exits, labels, _ = _inputs(backend)

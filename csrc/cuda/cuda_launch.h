@@ -23,4 +23,7 @@ struct ScaleArgs {
 };
 cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStream_t stream);
 
+// Loads a kernel on the current device: whether there is code for it, and a driver that can run it.
+cudaError_t cuda_load();
+
 }  // namespace selfreg

@@ -1512,9 +1512,9 @@ bool launch_small_shape(const Launch<A>& launch, SmallArgs& small, dim3 block) {
   small.taken = true;
   small.combined_blocks = std::min((positions + kSmallThreads - 1) / kSmallThreads, kMaxCombineBlocks);
   const dim3 grid(unsigned(small.combined_blocks), unsigned(args.N));
-  if (!launch.dry) launch_kernel(peak_kernel<S>, grid, kSmallThreads, launch.stream, small);
+  launch_kernel(launch, peak_kernel<S>, grid, kSmallThreads, 0, small);
   launch_blocks(launch, small_exits_kernel<TheShape>, small, block, shared, small.bands < most ? small.bands : most);
-  if (!launch.dry) launch_kernel(combine_kernel<S>, grid, kSmallThreads, launch.stream, small);
+  launch_kernel(launch, combine_kernel<S>, grid, kSmallThreads, 0, small);
   return true;
 }
 
@@ -1582,13 +1582,13 @@ bool launch_blockwise(const Launch<A>& launch, Args<A>& args, unsigned threads) 
 }  // namespace
 
 template <>
-cudaError_t launch_exit_loss<S>(const Launch<A>& launch, Args<A>& args) {
+void launch_exit_loss<S>(const Launch<A>& launch, Args<A>& args) {
   bool fits = false;
 #if SELFREG_STORAGE != 1
   fits = launch_rows(launch, args);
 #endif
   for (unsigned threads = 128; !fits && threads >= 32; threads /= 2) fits = launch_blockwise(launch, args, threads);
-  return fits ? cudaGetLastError() : cudaErrorInvalidConfiguration;
+  launch.works(fits ? cudaSuccess : cudaErrorInvalidConfiguration);
 }
 
 }  // namespace selfreg

@@ -141,15 +141,15 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
 }
 
 template <class A>
-int64_t count_pixels(const Args<A>& args, double* counts, int processors, cudaStream_t stream) {
+int64_t count_pixels(const Args<A>& args, double* counts, const Launch<A>& launch) {
   const CountArgs<A> count{args.labels, args.class_weight, args.pixel_weight, args.pixels,
                            args.C,      args.ignore_index, args.mask_soft,    counts};
-  const int64_t most = std::min<int64_t>(2 * processors, kMaxCountBlocks);
+  const int64_t most = std::min<int64_t>(2 * launch.processors, kMaxCountBlocks);
   const int64_t blocks = std::clamp<int64_t>(args.pixels / (4 * kThreads), 1, most);
   auto kernel = args.label_type == LabelType::uint8   ? count_kernel<A, uint8_t>
                 : args.label_type == LabelType::int32 ? count_kernel<A, int32_t>
                                                       : count_kernel<A, int64_t>;
-  launch_kernel(kernel, dim3(unsigned(blocks)), kThreads, stream, count);
+  launch_kernel(launch, kernel, dim3(unsigned(blocks)), kThreads, 0, count);
   return blocks;
 }
 
@@ -264,7 +264,7 @@ void join_copies(const ExitLoss& L, const Args<A>& args, const Cut& cut, const A
                                          : join_kernel<__nv_bfloat16, float>;
   }
   const int64_t blocks = std::clamp<int64_t>((most + kThreads - 1) / kThreads, 1, 4 * launch.processors);
-  launch_kernel(kernel, dim3(unsigned(blocks), unsigned(L.N)), kThreads, launch.stream, join);
+  launch_kernel(launch, kernel, dim3(unsigned(blocks), unsigned(L.N)), kThreads, 0, join);
 }
 
 // ---- exits that are all small: small_exits.h -------------------------------------------------------------------
@@ -320,6 +320,7 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   const Workspace at = workspace(L);
   numbers = at.total;
   int64_t blocks = 0;
+  cudaError_t error = cudaSuccess;
   Cut cut{};
   SmallArgs small{};
   Launch<A> launch{};
@@ -329,7 +330,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   launch.device = device;
   launch.stream = stream;
   launch.blocks = &blocks;
-  cudaDeviceGetAttribute(&launch.processors, cudaDevAttrMultiProcessorCount, device);
+  launch.error = &error;
+  if (!launch.works(cudaDeviceGetAttribute(&launch.processors, cudaDevAttrMultiProcessorCount, device))) return error;
 
   Args<A> args{};
   args.N = L.N, args.T = L.T, args.C = int32_t(L.C);
@@ -371,21 +373,20 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
   args.maps = L.reduction == Reduction::none ? static_cast<A*>(L.losses) : nullptr;
 
   if (args.pixels > 0) {
-    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight) && !launch.dry) {
+    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight)) {
       args.counts = room + at.counts;
-      args.count_blocks = int32_t(count_pixels(args, room + at.counts, launch.processors, stream));
+      args.count_blocks = int32_t(count_pixels(args, room + at.counts, launch));
     }
     args.soft_norm = 1.0 / double(args.pixels);
     const Args<A> planned = args;  // with the gradients' own memory
     if constexpr (sizeof(A) == 4)
       if (resized && plan_small(args, launch, room + at.combined, small)) launch.small = &small;
-    cudaError_t error;
     if constexpr (sizeof(A) == 8) {
-      error = launch_exit_loss<double>(launch, args);
+      launch_exit_loss<double>(launch, args);
     } else {
-      error = L.dtype == DType::float32   ? launch_exit_loss<float>(launch, args)
-              : L.dtype == DType::float16 ? launch_exit_loss<__half>(launch, args)
-                                          : launch_exit_loss<__nv_bfloat16>(launch, args);
+      L.dtype == DType::float32   ? launch_exit_loss<float>(launch, args)
+      : L.dtype == DType::float16 ? launch_exit_loss<__half>(launch, args)
+                                  : launch_exit_loss<__nv_bfloat16>(launch, args);
     }
     if (error != cudaSuccess) return error;
     int64_t copies = 0;  // numbers of A
@@ -393,7 +394,7 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
       copies = small.copies_begin + place_vectors(small);
     } else if (resized) {
       copies = place_copies(planned, cut, [](int, int64_t) {});
-      if (!launch.dry) join_copies(L, planned, cut, launch.copies, launch);
+      join_copies(L, planned, cut, launch.copies, launch);
     }
     numbers += (copies * int64_t(sizeof(A)) + 7) / 8;
   }
@@ -413,8 +414,8 @@ cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t 
     finish.losses = static_cast<A*>(L.losses);
   }
   finish.total = static_cast<A*>(L.total);
-  launch_kernel(finish_kernel<A>, dim3(1), 512, stream, finish);
-  return cudaGetLastError();
+  launch_kernel(launch, finish_kernel<A>, dim3(1), 512, 0, finish);
+  return error;
 }
 
 // ---- scaling ---------------------------------------------------------------------------------------------------
@@ -461,8 +462,12 @@ cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStre
                                           : scale_kernel<__nv_bfloat16>;
   const int64_t most = *std::max_element(args.numel, args.numel + tensors);
   const int64_t blocks = std::clamp<int64_t>(most / (16 * kThreads), 1, 1024);
-  launch_kernel(kernel, dim3(unsigned(blocks), unsigned(tensors)), kThreads, stream, args);
-  return cudaGetLastError();
+  return enqueue(kernel, dim3(unsigned(blocks), unsigned(tensors)), kThreads, 0, stream, args);
+}
+
+cudaError_t cuda_load() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(finish_kernel<float>));
 }
 
 }  // namespace selfreg

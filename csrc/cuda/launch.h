@@ -22,43 +22,60 @@ struct Launch {
   SmallArgs* small;  // where the kernel of small_exits.h will do; out: whether it was that one
   int device, processors;
   cudaStream_t stream;
-  int64_t* blocks;  // out: how many there are
+  int64_t* blocks;     // out: how many there are
+  cudaError_t* error;  // out: the first that occurs, after which nothing is asked or launched: what follows hides it
+
+  bool works(cudaError_t result) const {
+    if (*error == cudaSuccess) *error = result;
+    return *error == cudaSuccess;
+  }
 };
 
 // Phases 1 and 2 for exits of type S: exit_loss.cu.
 template <class S, class A>
-cudaError_t launch_exit_loss(const Launch<A>& launch, Args<A>& args);
+void launch_exit_loss(const Launch<A>& launch, Args<A>& args);
 
-// The blocks of a kernel that a multiprocessor runs at a time; 0 where they need more shared memory than there is.
-inline int resident_blocks(const void* kernel, int device, int threads, int64_t shared) {
+// The blocks of a kernel that a multiprocessor runs at a time; 0 where they need more shared memory than there is, or
+// after an error.
+template <class A>
+int resident_blocks(const Launch<A>& launch, const void* kernel, int threads, int64_t shared) {
   thread_local std::map<std::tuple<const void*, int, int, int64_t>, int> known;  // asking takes microseconds
-  auto [found, added] = known.try_emplace({kernel, device, threads, shared}, 0);
-  if (added) {
-    int most = 0;
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    most -= 1024;  // for static shared memory
-    if (shared > most) return 0;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found->second, kernel, threads, size_t(shared));
-    if (found->second == 0) cudaGetLastError();  // another kernel will serve: not an error of the launch
-  }
-  return found->second;
+  const std::tuple key{kernel, launch.device, threads, shared};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  int most = 0, blocks = 0;
+  if (!launch.works(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, launch.device))) return 0;
+  most -= 1024;  // for static shared memory
+  // The first call for a kernel loads it, which can fail now and work the next time: no failure is kept.
+  if (shared <= most &&
+      !(launch.works(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) &&
+        launch.works(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared)))))
+    return 0;
+  return known[key] = blocks;
 }
 
-// One without dynamic shared memory.
-template <class... Exp, class... Act>
-void launch_kernel(void (*kernel)(Exp...), dim3 blocks, int threads, cudaStream_t stream, const Act&... args) {
+template <class Args>
+cudaError_t enqueue(void (*kernel)(Args), dim3 blocks, dim3 block, int64_t shared, cudaStream_t stream,
+                    const Args& args) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
-  config.blockDim = dim3(unsigned(threads));
+  config.blockDim = block;
+  config.dynamicSmemBytes = size_t(shared);
   config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, args...);
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// As many blocks as the device runs at a time; 0 where it can run none.
+template <class A, class TheArgs>
+void launch_kernel(const Launch<A>& launch, void (*kernel)(TheArgs), dim3 blocks, dim3 block, int64_t shared,
+                   const TheArgs& args) {
+  if (!launch.dry && launch.works(cudaSuccess))
+    launch.works(enqueue(kernel, blocks, block, shared, launch.stream, args));
+}
+
+// As many blocks as the device runs at a time; 0 where it can run none, or after an error.
 template <class A, class TheArgs>
 int64_t most_blocks(const Launch<A>& launch, void (*kernel)(TheArgs), dim3 block, int64_t shared) {
-  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), launch.device, block.x * block.y, shared);
+  if (!launch.works(cudaSuccess)) return 0;
+  const int resident = resident_blocks(launch, reinterpret_cast<const void*>(kernel), block.x * block.y, shared);
   const int64_t blocks = int64_t(resident) * launch.processors;
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
@@ -68,13 +85,7 @@ template <class A, class TheArgs>
 void launch_blocks(const Launch<A>& launch, void (*kernel)(TheArgs), const TheArgs& args, dim3 block, int64_t shared,
                    int64_t blocks) {
   *launch.blocks = blocks;
-  if (launch.dry) return;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = block;
-  config.dynamicSmemBytes = size_t(shared);
-  config.stream = launch.stream;
-  cudaLaunchKernelEx(&config, kernel, args);
+  launch_kernel(launch, kernel, dim3(unsigned(blocks)), block, shared, args);
 }
 
 // Cuts an output for `blocks` blocks, so that they end together: the time is that of the rows of the block with the

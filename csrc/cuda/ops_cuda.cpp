@@ -12,7 +12,15 @@
 namespace selfreg {
 namespace {
 
-void check_cuda(cudaError_t error) { check(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
+std::string described(cudaError_t error) {
+  return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
+}
+
+void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and not again by whoever looks next
+  throw std::runtime_error("selfreg_fast: CUDA: " + described(error));
+}
 
 #ifdef SELFREG_CUDA_ON_HOST
 struct DeviceGuard {
@@ -86,14 +94,30 @@ void scale_cuda(std::vector<Tensor> grads, const Tensor& factor) {
   }
 }
 
+// Why kernels cannot be loaded on the device; "" where they can.
+std::string load_cuda(int64_t device) {
+  const DeviceGuard guard{int(device)};
+  const cudaError_t error = cuda_load();
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return described(error);
+}
+
 }  // namespace
 }  // namespace selfreg
 
-#ifdef SELFREG_CUDA_ON_HOST
 STABLE_TORCH_LIBRARY_FRAGMENT(selfreg_fast, m) {
+  m.def("load_cuda(int device) -> str");
+#ifdef SELFREG_CUDA_ON_HOST
   m.def("exit_loss_cuda_on_host" SELFREG_EXIT_LOSS_SCHEMA);
   m.def("scale_cuda_on_host_" SELFREG_SCALE_SCHEMA);
+#endif
 }
+STABLE_TORCH_LIBRARY_IMPL(selfreg_fast, CompositeExplicitAutograd, m) {
+  m.impl("load_cuda", TORCH_BOX(&selfreg::load_cuda));
+}
+
+#ifdef SELFREG_CUDA_ON_HOST
 STABLE_TORCH_LIBRARY_IMPL(selfreg_fast, CPU, m) {
   m.impl("exit_loss_cuda_on_host", TORCH_BOX(&selfreg::exit_loss_cuda));
   m.impl("scale_cuda_on_host_", TORCH_BOX(&selfreg::scale_cuda));

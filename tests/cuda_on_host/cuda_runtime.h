@@ -193,7 +193,14 @@ inline std::common_type_t<A, B> max(A a, B b) {
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209
+};
 typedef struct CUstream_st* cudaStream_t;
 
 enum cudaDeviceAttr {
@@ -222,6 +229,14 @@ inline cudaError_t Return(cudaError_t error) {
   return error;
 }
 
+// The error with which tests make this function fail: by the environment variable CUDA_ON_HOST_FAILS="FUNCTION ERROR".
+inline cudaError_t Injected(const char* function) {
+  const char* const wanted = getenv("CUDA_ON_HOST_FAILS");
+  const size_t length = strlen(function);
+  if (!wanted || strncmp(wanted, function, length) || wanted[length] != ' ') return cudaSuccess;
+  return Return(cudaError_t(atoi(wanted + length)));
+}
+
 // Dynamic shared memory of a block: what any kernel may take, and what cudaFuncSetAttribute can allow.
 constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
 void AllowSharedBytes(const void* kernel, size_t bytes);
@@ -239,8 +254,26 @@ int ResidentBlocks(const void* kernel, int threads, size_t shared_bytes);
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaSuccess) return "no error";
-  return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+  }
+  return "unrecognized error code";
+}
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+  }
+  return "unrecognized error code";
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -249,6 +282,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (const cudaError_t error = cuda_on_host::Injected("cudaDeviceGetAttribute")) return error;
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = cuda_on_host::kSharedBytes; break;
     case cudaDevAttrMultiProcessorCount: *value = cuda_on_host::Multiprocessors(); break;
@@ -260,6 +294,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  if (const cudaError_t error = cuda_on_host::Injected("cudaFuncSetAttribute")) return error;
   if (value < 0 || size_t(value) > cuda_on_host::kMostSharedBytes) return cuda_on_host::Return(cudaErrorInvalidValue);
   cuda_on_host::AllowSharedBytes(reinterpret_cast<const void*>(kernel), value);
   return cudaSuccess;
@@ -267,8 +302,14 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads, size_t shared) {
+  if (const cudaError_t error = cuda_on_host::Injected("cudaOccupancyMaxActiveBlocksPerMultiprocessor")) return error;
   *blocks = cuda_on_host::ResidentBlocks(reinterpret_cast<const void*>(kernel), threads, shared);
   return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return cuda_on_host::Injected("cudaFuncGetAttributes");
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
@@ -278,6 +319,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
+  if (const cudaError_t error = cuda_on_host::Injected("cudaLaunchKernelEx")) return error;
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(given)...);
   return cuda_on_host::Return(cuda_on_host::Launch(*config, reinterpret_cast<const void*>(kernel), &parameters,
                                                    sizeof(parameters), [&] { std::apply(kernel, parameters); }));

@@ -4,6 +4,6 @@
 #include "launch.h"
 
 template <>
-cudaError_t selfreg::launch_exit_loss<__half>(const Launch<float>&, Args<float>&) {
-  return cudaErrorInvalidConfiguration;
+void selfreg::launch_exit_loss<__half>(const Launch<float>& launch, Args<float>&) {
+  launch.works(cudaErrorInvalidConfiguration);
 }
