@@ -56,8 +56,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bf]*.yml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/clang-tidy --quiet csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp -- -std=c++17 -Wall -Wextra -Icsrc -DSELFREG_ISA=baseline -DSELFREG_X86_ISAS=1 \
 		-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem tests/cuda_on_host \
 		-isystem $$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include

@@ -89,7 +89,7 @@ class Compiled:
         # Nothing of the other dtypes is ever launched.
         accumulators = {"float": "float", "double": "double", "__half": "float", "__nv_bfloat16": "float"}
         types = [t for n, t in enumerate(accumulators) if n != DTYPES[self.dtype]]
-        stub = "template <> cudaError_t launch_exit_loss<{0}>(const Launch<{1}>&, Args<{1}>&) {{ abort(); }}\n"
+        stub = "template <> void launch_exit_loss<{0}>(const Launch<{1}>&, Args<{1}>&) {{ abort(); }}\n"
         stubs = "".join(stub.format(t, accumulators[t]) for t in types)
         others.write_text(f'#include "device.h"\n#include "launch.h"\nnamespace selfreg {{\n{stubs}}}\n')
         jobs = {
