@@ -195,19 +195,32 @@ SELFREG_DEVICE void load_shared(const A* p, A (&to)[V]) {
     unpack<A, n>(*reinterpret_cast<const typename Word<sizeof(A) * n>::type*>(p + v), reinterpret_cast<A(&)[n]>(to[v]));
   }
 }
-template <int V, class A>
-SELFREG_DEVICE void store_shared(A* p, const A (&from)[V]) {
-  if constexpr (V == 4 && sizeof(A) == 8) {
-    reinterpret_cast<double2*>(p)[0] = make_double2(from[0], from[1]);
-    reinterpret_cast<double2*>(p)[1] = make_double2(from[2], from[3]);
-  } else if constexpr (V == 4) {  // a word copied from an array would be stored in four pieces
-    *reinterpret_cast<float4*>(p) = make_float4(from[0], from[1], from[2], from[3]);
-  } else if constexpr (V == 2 && sizeof(A) == 8) {
-    *reinterpret_cast<double2*>(p) = make_double2(from[0], from[1]);
+// (In CUDA's words and not in C++'s, of which the compiler makes four stores, where the numbers lie in four places.)
+template <int V>
+SELFREG_DEVICE void store_shared(float* p, const float (&from)[V]) {
+  static_assert(V == 1 || V == 2 || V == 4);
+#ifdef __CUDA_ARCH__
+  const unsigned to = unsigned(__cvta_generic_to_shared(p));
+  if constexpr (V == 4) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+                 "f"(from[3])
+                 : "memory");
   } else if constexpr (V == 2) {
-    *reinterpret_cast<float2*>(p) = make_float2(from[0], from[1]);
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(from[0]), "f"(from[1]) : "memory");
   } else {
     *p = from[0];
+  }
+#else
+  memcpy(p, from, sizeof from);
+#endif
+}
+template <int V>
+SELFREG_DEVICE void store_shared(double* p, const double (&from)[V]) {
+  if constexpr (V == 1) {
+    *p = from[0];
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v += 2) *reinterpret_cast<double2*>(p + v) = make_double2(from[v], from[v + 1]);
   }
 }
 

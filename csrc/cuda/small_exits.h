@@ -557,7 +557,7 @@ struct SmallWorker {
     scatter(s, 0, [&](int span) {
       A* const to = mine();
 #pragma unroll
-      for (int i = 0; i < K; i += 2) store_shared<4, A>(to + 2 * i, {0, 0, 0, 0});
+      for (int i = 0; i < K; i += 2) store_shared<4>(to + 2 * i, {0, 0, 0, 0});
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         const bool here = p >= span && p < u.end[span];
@@ -648,8 +648,8 @@ struct SmallWorker {
           sum[1] += old[0], sum[3] += old[1];
         }
       }
-      store_shared<2, A>(above + 2 * task, {sum[0], sum[2]});
-      store_shared<2, A>(below + 2 * task, {sum[1], sum[3]});
+      store_shared<2>(above + 2 * task, {sum[0], sum[2]});
+      store_shared<2>(below + 2 * task, {sum[1], sum[3]});
     }
   }
   // The last rows of a band.
