@@ -21,9 +21,10 @@ demo: install
 test: install
 	$(BIN)/pytest -n auto --maxprocesses 8 --maxschedchunk 1 $(addprefix --require-backend ,cpu cuda triton) $(ARGS)
 
-# The examples, with all the libraries that they are for: none is skipped.
+# The examples, with all the libraries that they are for: none is skipped. The torch that is there stays: without its
+# version, pip would take the newest torchvision, and the torch that this wants.
 examples: install
-	$(BIN)/pip install -q '.[examples]'
+	$(BIN)/pip install -q '.[examples]' "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.partition("+")[0])')"
 	SELFREG_FAST_EXAMPLES=1 $(BIN)/pytest tests/test_examples.py
 
 # benchmarks/results/DEVICE.csv of this machine, which should do nothing else meanwhile: some ten minutes on two cores.
