@@ -49,6 +49,15 @@ def test_the_front_door_is_short() -> None:
     assert len(FRONT.splitlines()) <= 150 and len(FRONT.split()) <= 1500
 
 
+def test_links_lead_somewhere() -> None:
+    root = HERE.parent
+    documents = [*root.glob("*.md"), *(root / "docs").glob("*.md"), root / ".ci" / "README.md", HERE / "README.md"]
+    assert len(documents) > 10
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
+            assert link.startswith("https://") or (document.parent / link).exists(), (document.name, link)
+
+
 def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands, on a network with these stages; the checkpoint loads, and SR is on after the warm-up only."""
     monkeypatch.chdir(tmp_path)
