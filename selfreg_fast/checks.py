@@ -201,7 +201,7 @@ def teachers_of(teachers: Sequence[int], n: int) -> tuple[int, ...]:
 
 def check_tensor(t: Tensor, name: str, floating: bool = False) -> None:
     if not isinstance(t, Tensor):
-        hint = f"; pass torch.tensor({name})" if isinstance(t, (list, tuple)) else ""
+        hint = f"; pass torch.tensor({name})" if isinstance(t, (list, tuple)) or hasattr(t, "__array__") else ""
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}{hint}")
     if t.layout != torch.strided or t.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
@@ -271,11 +271,14 @@ def check_labels(labels: Tensor, first: Tensor | None = None) -> None:
     """A tensor of integers, and of the exits' dimensions without the channels where exits are resized to it."""
     check_tensor(labels, "labels")
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels: expected dtype uint8, int32 or int64, got {labels.dtype}")
+        to = "long()" if labels.is_floating_point() else "to(torch.uint8)" if labels.dtype == torch.bool else "int()"
+        raise TypeError(f"labels: expected dtype uint8, int32 or int64, got {labels.dtype}; pass labels.{to}")
     if labels.dim() < 1:
         raise ValueError("labels: expected shape (B, ...), got a scalar")
     if first is not None and first.dim() in _RESIZED and labels.dim() != first.dim() - 1:
-        hint = "; pass labels.squeeze(1)" if labels.dim() == first.dim() and labels.shape[1] == 1 else ""
+        hint = ""
+        if labels.dim() == first.dim():
+            hint = {1: "; pass labels.squeeze(1)", first.shape[1]: "; pass labels.argmax(1)"}.get(labels.shape[1], "")
         want = "(B, H, W)" if first.dim() == 4 else "(B, D, H, W)"
         raise ValueError(f"labels: expected shape {want}, got {shape_of(labels)}{hint}")
 

@@ -107,6 +107,23 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"labels: expected shape \(B, D, H, W\), got .*squeeze\(1\)",
     ),
+    "labels one-hot": (
+        lambda: srf.mea_loss(EXITS, torch.zeros(2, 5, 8, 8, dtype=torch.int64)),
+        ValueError,
+        r"got \(2, 5, 8, 8\); pass labels.argmax\(1\)",
+    ),
+    "labels as numbers": (
+        lambda: srf.mea_loss(EXITS, LABELS.double()),
+        TypeError,
+        r"torch.float64; pass labels.long\(\)",
+    ),
+    "labels as a mask": (lambda: srf.mea_loss(EXITS, LABELS > 2), TypeError, r"pass labels.to\(torch.uint8\)"),
+    "labels of numpy": (lambda: srf.mea_loss(EXITS, LABELS.numpy()), TypeError, r"pass torch.tensor\(labels\)"),
+    "a network's output in evaluation mode": (
+        lambda: srf.mea_loss({"out": EXITS[0]}, LABELS),
+        TypeError,
+        r"got dict; a MultiExit in evaluation mode .*model\.all_exits",
+    ),
     "one tensor": (lambda: srf.mea_loss(EXITS[0], LABELS), TypeError, r"logits: .*got Tensor; pass \[logits\]"),
     "one exit": (lambda: srf.self_regulation_loss(EXITS[:1], LABELS), ValueError, "logits: .*got 1; mea_loss"),
     "one exit of SR-L": (lambda: srf.sr_l_loss(EXITS[:1]), ValueError, "logits: .*got 1; mea_loss"),
