@@ -83,7 +83,7 @@ def between(numbers: Iterable[float]) -> str:
 def speed(path: Path, link: str) -> str:
     """The main cases, and their figure."""
     rows = read(path)
-    return "\n\n".join([f"{about(rows, link)}", table(rows, MAIN), *pictures(path, link, ["main"])])
+    return "\n\n".join([about(rows, link), table(rows, MAIN, len(HEADINGS) - 1), *pictures(path, link, ["main"])])
 
 
 def device(path: Path, link: str) -> str:
@@ -119,13 +119,13 @@ SECTIONS: dict[str, dict[str, Callable[[Path, Path], str]]] = {
 }
 
 
-def table(rows: list[Row], only: Iterable[str] = ()) -> str:
+def table(rows: list[Row], only: Iterable[str] = (), columns: int = len(HEADINGS)) -> str:
     """The fused loss in ms and MiB, the others as multiples of it; `only` the cases of these labels, if there are."""
     lines = [HEADINGS, ("---",) + ("---:",) * (len(HEADINGS) - 1)]
     for peers in cases(rows, *COMPARED):
         if not only or label(peers["fused"]) in only:
             lines.append(table_row(peers))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line[:columns]) + " |" for line in lines)
 
 
 def table_row(peers: dict[str, Row]) -> tuple[str, ...]:
