@@ -152,7 +152,8 @@ struct ResizeMemory {
 // ---- plan ----------------------------------------------------------------------------------------------------------
 
 // Pixels of a tensor of the output's size come in runs of `length` at a fixed `step`: the whole batch, an image, or a
-// row.
+// row. Those of an exit are no longer than its gradient's, so that a launch is cut the same with gradients and without:
+// the pixels of an expanded exit, all at one place, make no run, for its gradient's are dense.
 struct Runs {
   int64_t length, step;
 };
@@ -164,7 +165,7 @@ Runs runs_of(const View& v, const ExitLoss& launch) {
     if (sizes[d] == 1) continue;
     if (r.length == 1) {
       r = {sizes[d], strides[d]};
-    } else if (strides[d] == r.length * r.step) {
+    } else if (r.step != 0 && strides[d] == r.length * r.step) {
       r.length *= sizes[d];
     } else {
       break;
