@@ -343,7 +343,8 @@ def share_of_bound(
 ) -> float:
     """The largest error of [loss, gradient of each exit] of exits of `dtype`, as a share of what is allowed.
 
-    `added`: their magnitudes; `times`: by how much ERRORS may be exceeded. Infinite where one is not finite.
+    `added`: their magnitudes; `times`: by how much ERRORS may be exceeded. Infinite where one is not finite, unless it
+    is the infinity of a number beyond its dtype's largest.
     """
     worst = 0.0
     for i, (a, e, m) in enumerate(zip(actual, exact, added, strict=True)):
@@ -354,7 +355,9 @@ def share_of_bound(
             bound = bound + ERRORS[dtype]["result"] * e.abs()
         bound = times * bound + smallest(a.dtype)
         if a.numel():
-            worst = max(worst, ((a.double() - e).abs() / bound).nan_to_num(nan=math.inf).max().item())
+            overflows = (a == e.sign() * math.inf) & (e.abs() + bound > torch.finfo(a.dtype).max)
+            errors = (a.double() - e).abs().masked_fill(overflows, 0)
+            worst = max(worst, (errors / bound).nan_to_num(nan=math.inf).max().item())
     return worst
 
 

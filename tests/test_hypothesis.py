@@ -399,6 +399,8 @@ def test_parts_of_a_batch_make_the_whole(backend: Backend, case: Case, data: st.
 @given(case=cases(exits=2, labelled=True))
 # Exits were cut for the batch, their gradients for an image.
 @example(case=SIMPLE | {"shape": (2, 1, 30), "layout": "expanded", "scale": 3.0, "detach_teacher": False})
+# Of teachers that learn, exits were computed another way where no gradient was wanted.
+@example(case=SIMPLE | {"shape": (1, 1, 4), "sizes": [(1, 4), (1, 1)], "seed": 1, "detach_teacher": False})
 def test_values_need_no_gradient(backend: Backend, case: Case) -> None:
     """Bit by bit the same without them, also of the objective, whose training launch writes gradients.
 

@@ -114,7 +114,7 @@ struct AxisMemory {
 // no argmax and nothing for teachers that learn; of larger exits they would be no smaller, and where a position has
 // more pixels, they would lose digits. Of one class, all should cancel, and does so better pixel by pixel.
 bool is_small(const ExitLoss& launch, const View& exit) {
-  const bool learns = !launch.detach_teacher && (launch.grad_losses || launch.weights) && launch.T;
+  const bool learns = !launch.detach_teacher && launch.T;  // be gradients wanted or not: with both, the same bits
   if (launch.reduction == Reduction::none || launch.target == Target::argmax || learns || launch.C == 1) return false;
   const int64_t pixels = launch.H * launch.W / std::max<int64_t>(1, exit.H * exit.W);
   return exit.H <= launch.H && exit.W <= launch.W && pixels <= 1 << 14;
