@@ -68,7 +68,8 @@ def _main(argv: Sequence[str]) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:
             raise
-        print(f'selfreg-fast: this command needs {missing}: pip install "selfreg-fast[demo]"', file=sys.stderr)
+        remedy = "pip install matplotlib numpy pillow rich tqdm"  # by name: no registry has this package's extra
+        print(f"selfreg-fast: this command needs {missing}: {remedy}", file=sys.stderr)
         return 2
 
 

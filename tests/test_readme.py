@@ -72,7 +72,7 @@ def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     exec(code, names := names | {"seen": []})
     assert [bool(loss.sr_f > 0) and bool(loss.sr_l > 0) for loss in names["seen"]] == [False, False, True]
     assert names["seen"][-1].mea < names["seen"][0].mea
-    assert names["predicted"].shape == (2, 19, 4, 4)
+    assert names["output"].shape == (2, 19, 4, 4)
     names["model"].load_state_dict(torch.load("all.pt"))
 
 

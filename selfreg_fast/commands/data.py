@@ -2,7 +2,7 @@
 
 Both sources offer the same: `names` and `shares` of the classes, `ignore_index`, `training(rng)`, one random training
 sample of a fixed size, and `validation()`, the samples to measure on. They need numpy, pillow and tqdm, which are in
-the extra `selfreg-fast[demo]`.
+the extra `demo`.
 """
 
 from __future__ import annotations
