@@ -107,7 +107,7 @@ def save(figure: Any, path: Path, results: Path) -> None:
 
 
 def _main(rows: list[Row]) -> Any:
-    """The README's cases: time and memory of eager PyTorch, times the fused loss's."""
+    """The README's cases: time and memory of the others, times the fused loss's."""
     import matplotlib.pyplot as plt
 
     compared = [c for c in cases(rows, *COMPARED) if label(c["fused"]) in MAIN]
@@ -125,6 +125,8 @@ def _main(rows: list[Row]) -> Any:
         axes.set(xscale="log", xlabel=title, ylim=(len(compared) - 0.5, -0.5))
         axes.set(yticks=range(len(compared)), yticklabels=[label(c["fused"]) for c in compared])
         _multiples(axes)
+        axes.grid(axis="x")
+        axes.tick_params(length=0)
     _legend(figure, panels[0])
     return figure
 
@@ -189,8 +191,6 @@ def _multiples(axes: Any) -> None:
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.grid(axis="x")
-    axes.tick_params(length=0)
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -72,7 +72,7 @@ MUTATIONS = [
     Mutation(
         "cpu: rows taken to follow each other wherever pixels do",
         "csrc/cpu/launch.cpp",
-        "} else if (r.step != 0 && strides[d] == r.length * r.step) {",
+        "} else if (strides[d] == r.length * r.step) {",
         "} else if (r.step == 1) {",
         "cpu",
         LOSSES,

@@ -397,7 +397,7 @@ def test_parts_of_a_batch_make_the_whole(backend: Backend, case: Case, data: st.
 
 @fewer
 @given(case=cases(exits=2, labelled=True))
-# Exits were cut for the batch, their gradients for an image.
+# Exits were cut for the batch, their gradients for an image. (Expanded over channels alone: test_hygiene.py.)
 @example(case=SIMPLE | {"shape": (2, 1, 30), "layout": "expanded", "scale": 3.0, "detach_teacher": False})
 # Of teachers that learn, exits were computed another way where no gradient was wanted.
 @example(case=SIMPLE | {"shape": (1, 1, 4), "sizes": [(1, 4), (1, 1)], "seed": 1, "detach_teacher": False})

@@ -152,8 +152,7 @@ struct ResizeMemory {
 // ---- plan ----------------------------------------------------------------------------------------------------------
 
 // Pixels of a tensor of the output's size come in runs of `length` at a fixed `step`: the whole batch, an image, or a
-// row. Those of an exit are no longer than its gradient's, so that a launch is cut the same with gradients and without:
-// the pixels of an expanded exit, all at one place, make no run, for its gradient's are dense.
+// row.
 struct Runs {
   int64_t length, step;
 };
@@ -165,7 +164,7 @@ Runs runs_of(const View& v, const ExitLoss& launch) {
     if (sizes[d] == 1) continue;
     if (r.length == 1) {
       r = {sizes[d], strides[d]};
-    } else if (r.step != 0 && strides[d] == r.length * r.step) {
+    } else if (strides[d] == r.length * r.step) {
       r.length *= sizes[d];
     } else {
       break;
@@ -194,6 +193,10 @@ struct Cut {
         if (v.data) f(v);
     };
     over_views([&](const View& v) { shortest = std::min(shortest, runs_of(v, launch).length); });
+    // The gradient of an exit whose numbers share places, being expanded, has no place to share, and so its channels
+    // between its images. Without it the launch is to be cut as with it, for the same bits.
+    auto shares = [&](const View& v) { return runs_of(v, launch).step == 0 || (launch.C > 1 && v.stride_c == 0); };
+    if (std::any_of(exits.begin(), exits.end(), shares)) shortest = std::min(shortest, image);
     if (shortest < image) return;
     const int64_t images = shortest == all ? 1 : launch.B, height = (all / images + row - 1) / row;
     over_views([&](View& v) {

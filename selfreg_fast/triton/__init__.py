@@ -79,7 +79,7 @@ def exit_loss(
             resized = _Resized(exits, others, wanted, (B, C, H, W), dtype, align_corners, held, plain, options["UNIT"])
             walk, strides, config = (B, H, W), [list(z.stride()) for z in (*exits, *places)], resized.config
         else:
-            walk, strides, order = _runs(first.shape, exits, places)
+            walk, strides, order = _runs(first.shape, exits, [_like_gradient(z) for z in places])
             vector = vector_length(walk, C, strides, order, [*exits, *grads.values()])
             config = {} if wide else row_tiles(C, vector, rows_held(options, labels is not None), order, plain)
             config = config or block_tiles(C, dtype, order)
@@ -116,6 +116,13 @@ def exit_loss(
         else:
             total = losses.new_zeros(())
     return total, losses, list(grads.values())
+
+
+def _like_gradient(exit: Tensor) -> Tensor:
+    """What has the strides of a gradient, so that a launch is cut the same with it and without: the exit (or gradient),
+    unless numbers of it share places, being expanded."""
+    shares = any(n > 1 and step == 0 for n, step in zip(exit.shape, exit.stride(), strict=True))
+    return torch.empty_like(exit, device="meta") if shares else exit
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
