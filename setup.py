@@ -43,6 +43,13 @@ from toolchain import CXX, NVCC, TORCH, WAY_OUT, WHY_NOT, WHY_NOT_CUDA  # noqa: 
 
 SCRATCH = tempfile.TemporaryDirectory()  # of this build alone
 NAMES = ["_C"] if WHY_NOT_CUDA else ["_C", "_C_cuda"]
+NO_TORCH = (
+    "selfreg_fast: no torch >= 2.10 was found to build with. Install one first, into the activated environment or "
+    "./.venv (https://pytorch.org/get-started has the command: with CUDA or without); or say where it is, "
+    f"SELFREG_FAST_TORCH=.../site-packages; or {WAY_OUT}"
+)
+if TORCH is None and WHY_NOT is None and toolchain.PIP_ISOLATES:
+    sys.exit(NO_TORCH)  # now: before it builds, pip would fetch the newest torch, with CUDA, which nobody asked for
 
 CXXFLAGS = "-O3 -g0 -fPIC -fvisibility=hidden -fopenmp-simd -Wno-psabi -Icsrc"
 # After the user's flags, so that no -ffast-math counts: the kernels rely on infinities, and on the order of additions
@@ -141,10 +148,7 @@ class Kernels(build_ext):
         if WHY_NOT:
             self.extensions = []
         elif TORCH is None:
-            sys.exit(
-                "selfreg_fast: no torch >= 2.10 was found to build with. Install one first, into the activated "
-                f"environment or ./.venv; or say where it is, SELFREG_FAST_TORCH=.../site-packages; or {WAY_OUT}"
-            )
+            sys.exit(NO_TORCH)
         else:
             compiler, machine = toolchain.describe(CXX)
             record |= {"compiler": compiler, "isas": ["baseline", *(X86_ISAS if machine == "x86_64" else ())]}
@@ -205,7 +209,5 @@ if not os.access(ROOT, os.W_OK):
 setuptools.setup(
     ext_modules=[setuptools.Extension(f"selfreg_fast.{name}", []) for name in NAMES],
     cmdclass={"build_ext": Kernels},
-    # Where pip sees no torch it is about to install one, whose headers the build needs before.
-    setup_requires=[] if TORCH or WHY_NOT or not toolchain.PIP_ISOLATES else ["torch>=2.10.0a0"],
     options=options,
 )

@@ -25,13 +25,13 @@ CAPTIONS = {
 }
 HEADINGS = (
     "case",
-    "exits",
+    "exits (B·C·h·w) → size",
     "fused",
     "PyTorch, tuned",
     "compiled",
     "as written",
     "memory: fused",
-    "best of the others",
+    "memory: least of the others",
     "of its limit",
 )
 EAGER = ("tuned", "as written", "reference")

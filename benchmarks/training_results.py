@@ -60,7 +60,8 @@ def summary(root: Path, folder: Path) -> str:
         less = "" if objective == BEFORE_SR else _spread(_paired(own, before, "miou", EXITS[-1]), sign="+")
         name = f"{objective}, SR weights 0.1" if settings else objective
         lines.append([name, _spread(row["miou"] for row in own), less])
-    return table(["CamVid at 90 x 120, a small network from scratch", "mIoU of the deepest exit", "less MEA"], lines)
+    headings = ["CamVid at 90 x 120, a small network from scratch", "mIoU of the deepest exit", "difference to MEA"]
+    return table(headings, lines)
 
 
 def draw(path: Path, folder: Path) -> list[Path]:

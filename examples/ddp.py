@@ -44,7 +44,7 @@ def train(device: torch.device) -> None:
     torch.manual_seed(rank)  # other scenes for every rank
     for step in range(1, STEPS + 1):
         images, labels = scenes(0.5 / (1 + 4 * rank))
-        criterion.enable_sr(step > STEPS // 2)  # MEA alone first
+        criterion.enable_sr(step >= STEPS // 4)  # MEA alone first
         loss = criterion(parallel(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.total.backward()

@@ -61,7 +61,7 @@ def main(steps: int = 40) -> list[float]:
     torch.manual_seed(0)
     stages = OrderedDict(layer1=stage(3, 16), layer2=stage(16, 32), layer3=stage(32, 64))
     network = nn.Sequential(OrderedDict(**stages, classifier=nn.Conv2d(64, NUM_CLASSES, 1)))
-    module = Segmentation(network, tuple(stages), warm_up=steps // 2)
+    module = Segmentation(network, tuple(stages), warm_up=steps // 4)
     trainer = lightning.Trainer(max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(module, generated(32), generated(8))
     print({name: round(value.item(), 3) for name, value in trainer.logged_metrics.items()})

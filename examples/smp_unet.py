@@ -36,7 +36,7 @@ def main(steps: int = 40) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the exits have parameters of their own
     for step in range(steps):
         images, labels = generated(4)
-        criterion.enable_sr(step >= steps // 2)  # MEA alone first
+        criterion.enable_sr(step >= steps // 4)  # MEA alone first
         loss = criterion(model(images), labels)
         optimizer.zero_grad()
         loss.total.backward()

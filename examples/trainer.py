@@ -43,10 +43,10 @@ class WithLoss(nn.Module):
 
 
 class WarmUp(transformers.TrainerCallback):
-    """MEA alone for the first half, then SR-F and SR-L, too: as told by the step, so that a run can be resumed."""
+    """MEA alone for the first quarter, then SR-F and SR-L, too: as told by the step, so that a run can be resumed."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: WithLoss, **kwargs: Any) -> None:
-        model.criterion.enable_sr(state.global_step >= state.max_steps // 2)
+        model.criterion.enable_sr(state.global_step >= state.max_steps // 4)
 
 
 def accuracy(of: transformers.EvalPrediction) -> dict[str, float]:

@@ -86,10 +86,10 @@ def _load_cuda() -> str:
 
 def _find_triton() -> str:
     """Whether there is a Triton and anything for it to run on. It is imported by the first call that needs it."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
     if torch.version.cuda is None and not TRITON_INTERPRETED:
         return f"torch {torch.__version__} is built without CUDA (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
     return AVAILABLE
 
 

@@ -206,7 +206,7 @@ def check_tensor(t: Tensor, name: str, floating: bool = False) -> None:
     if t.layout != torch.strided or t.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
     if floating and not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}; pass {name}.float()")
 
 
 def check_device(t: Tensor, name: str, first: Tensor, whose: str = "the exits") -> None:
@@ -270,15 +270,16 @@ def check_same_images(features: Tensor, logits: Tensor) -> None:
 def check_labels(labels: Tensor, first: Tensor | None = None) -> None:
     """A tensor of integers, and of the exits' dimensions without the channels where exits are resized to it."""
     check_tensor(labels, "labels")
-    if labels.dtype not in LABEL_DTYPES:
+    one_hot = first is not None and labels.dim() == first.dim() and labels.shape[1] == first.shape[1] > 1
+    if labels.dtype not in LABEL_DTYPES and not one_hot:
         to = "long()" if labels.is_floating_point() else "to(torch.uint8)" if labels.dtype == torch.bool else "int()"
         raise TypeError(f"labels: expected dtype uint8, int32 or int64, got {labels.dtype}; pass labels.{to}")
     if labels.dim() < 1:
         raise ValueError("labels: expected shape (B, ...), got a scalar")
     if first is not None and first.dim() in _RESIZED and labels.dim() != first.dim() - 1:
-        hint = ""
-        if labels.dim() == first.dim():
-            hint = {1: "; pass labels.squeeze(1)", first.shape[1]: "; pass labels.argmax(1)"}.get(labels.shape[1], "")
+        hint = "; pass labels.argmax(1)" if one_hot else ""
+        if labels.dim() == first.dim() and labels.shape[1] == 1:
+            hint = "; pass labels.squeeze(1)"
         want = "(B, H, W)" if first.dim() == 4 else "(B, D, H, W)"
         raise ValueError(f"labels: expected shape {want}, got {shape_of(labels)}{hint}")
 
@@ -289,16 +290,19 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
+        label = labels[position].item()
         raise ValueError(
-            f"labels: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {labels[position].item()} at {position}"
+            f"labels: expected classes in [0, {num_classes}) or ignore_index={ignore_index}, got {label} at {position}"
+            f"; if {label} is void, pass ignore_index={label}"
         )
 
 
 def check_map(m: Tensor, name: str, first: Tensor, spatial: tuple[int, ...]) -> None:
     check_device(m, name, first)
-    if m.shape != (first.shape[0], *spatial):
-        raise ValueError(f"{name}: expected shape {(first.shape[0], *spatial)}, got {shape_of(m)}")
+    want = (first.shape[0], *spatial)
+    if m.shape != want:
+        hint = f"; pass {name}.squeeze(1)" if m.dim() == first.dim() and m.shape[1] == 1 else ""
+        raise ValueError(f"{name}: expected shape {want}, got {shape_of(m)}{hint}")
 
 
 def check_class_weight(class_weight: Tensor, first: Tensor | None = None) -> None:

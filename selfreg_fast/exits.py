@@ -67,7 +67,7 @@ class MultiExit(nn.Module):
         model = srf.MultiExit(net, stages=("layer1", "layer2", "layer3"), num_classes=19,
                               example=torch.zeros(1, 3, 64, 64))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # not net.parameters(): the exits have their own
-        criterion = srf.SelfRegulationLoss()
+        criterion = srf.SelfRegulationLoss(sr_f_weight=0.1, sr_l_weight=0.1)
         criterion(model(images), labels).total.backward()
 
     (`criterion(out, labels)` takes out.logits, out.features and out.image_logits, which other losses want one by one.)
@@ -164,11 +164,14 @@ class MultiExit(nn.Module):
             self.image_level = nn.ModuleList(linears).to(maps[-1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In training `all_exits`; in evaluation mode what the network returns (its last exit's logits, for
-        `own_output=False`). The arguments are the network's."""
+        """In training `all_exits`; in evaluation mode what the network returns, or for `own_output=False` the last
+        exit's logits, of which alone the head is computed. The arguments are the network's."""
         if self.training:
             return self.all_exits(*args, **kwargs)
-        return self.network(*args, **kwargs) if self.own_output else self.all_exits(*args, **kwargs).logits[-1]
+        if self.own_output:
+            return self.network(*args, **kwargs)
+        maps, _ = self._stage_maps(args, kwargs)
+        return self.exits[-1](maps[-1])[1]
 
     def all_exits(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """The network's forward pass and all exits, in either mode: in evaluation mode, to validate each exit."""
@@ -246,6 +249,9 @@ class MultiExit(nn.Module):
         try:
             with _evaluating(self.network), torch.no_grad():
                 maps, output = self._stage_maps(args, kwargs)
+        except (RuntimeError, TypeError) as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            raise ValueError(f"example: the network fails for an input of shape {shapes or '?'}: {error}") from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -373,20 +379,30 @@ def _hook(network: nn.Module, name: str, hook: Callable[..., None]) -> Removable
 
 
 def _check_stages(network: nn.Module, stages: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(stages, str) or not all(isinstance(name, str) for name in stages):
-        raise TypeError(f"stages: expected a sequence of module names, got {stages!r}")
+    if isinstance(stages, (str, nn.Module)) or not all(isinstance(name, str) for name in stages):
+        hint = f"; pass [{stages!r}]" if isinstance(stages, str) else ", as in network.named_modules()"
+        raise TypeError(f"stages: expected a list of names of modules, got {_kind(stages)}{hint}")
     if not stages or len(set(stages)) != len(stages):
         raise ValueError(f"stages: expected one or more distinct module names, got {stages!r}")
     known = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
     for name in stages:
         if name not in known:
             inside = [k for k in known if k.endswith("." + name)]  # of a network wrapped by DDP or torch.compile
-            close = list(dict.fromkeys(inside + difflib.get_close_matches(name, known, n=3)))[:3]
+            beside = [k for k in known if k.count(".") == name.count(".")]
+            near = [k for names in (beside, known) for k in difflib.get_close_matches(name, names, n=3)]
+            close = list(dict.fromkeys(inside + near))[:3]
             close = close or [k for k in known if "." not in k]
             raise ValueError(
                 f"stages: the network has no module {name!r}; do you mean {', '.join(map(repr, close)) or 'another'}?"
             )
     return tuple(stages)
+
+
+def _kind(stages: Any) -> str:
+    """What was given for the stages, in a few words: the text of a module has many lines."""
+    if isinstance(stages, (str, nn.Module)):
+        return repr(stages) if isinstance(stages, str) else f"the module {type(stages).__name__}"
+    return f"a {type(stages).__name__} of " + ", ".join(sorted({type(name).__name__ for name in stages}))
 
 
 def _arguments(example: Any, network: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

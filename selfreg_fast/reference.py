@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,12 @@ class SelfRegulationOutput(NamedTuple):
     def __getattr__(self, name: str) -> Any:
         hint = f": a tuple of losses has none, use .total.{name}" if hasattr(Tensor, name) else ""
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+    def __mul__(self, factor: Any) -> NoReturn:  # of a tuple it would be so many copies
+        raise TypeError(f"{type(self).__name__}: a tuple of losses is not multiplied; to scale the loss, scale .total")
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self.__mul__(factor)
 
     def __format__(self, spec: str) -> str:
         if spec:

@@ -224,6 +224,14 @@ class Matrix:
             raise Failed(f"of a torch that it cannot find it says {said[-1000:]}")
         return f"{expect(run([uv, '--version'])).strip()}; {self.check(python)}"
 
+    def without_torch(self) -> str:
+        """It stops and says so, before pip fetches one; without kernels it would install."""
+        python, reason = self.environment([]), "no torch >= 2.10 was found to build with. Install one first"
+        said = run([str(python), "-m", "pip", "install", "-v", str(self.tree)]).stdout
+        if reason not in said or "Collecting torch" in said:
+            raise Failed(f"without torch it says {said[-3000:]}")
+        return "refused"
+
     def without_isolation(self) -> str:
         """--no-build-isolation: an old setuptools and a missing ninja are named."""
         python = self.environment(self.packages())
@@ -378,6 +386,7 @@ print(len(ours), *ours)
         for cxx in ("g++-11", "g++-12", "clang++-14", "clang++-16"):
             rows[cxx] = lambda cxx=cxx: self.compiler(cxx)
         rows |= {"fast-math": self.fast_math, "architectures": self.architectures, "old GPU": self.old_gpu}
+        rows["no torch"] = self.without_torch
         rows |= {"uv": self.uv, "no isolation": self.without_isolation, "free-threaded": self.free_threaded}
         rows |= {"sdist": self.sdist, "editable": self.editable, "read-only": self.read_only, "aarch64": self.aarch64}
         rows |= {"no compiler": self.without_compiler, "no nvcc": self.without_nvcc, "torch upgraded": self.upgraded}

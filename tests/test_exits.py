@@ -156,7 +156,10 @@ def test_a_backbone_without_logits() -> None:
     """own_output=False: the last stage is the deepest exit, also in evaluation mode."""
     model = _model(_network(classifier=nn.Identity()), own_output=False)
     assert [z.shape[2] for z in model(_images()).logits] == [16, 8, 4]
-    assert torch.equal(model.eval()(_images()), model.all_exits(_images()).logits[-1])
+    expected = model.eval().all_exits(_images()).logits[-1]
+    for shallower in model.exits[:-1]:
+        shallower.register_forward_hook(lambda *_: pytest.fail("evaluation needs the deepest exit alone"))
+    assert torch.equal(model(_images()), expected)
 
 
 def test_without_projections_and_with_any_head() -> None:
@@ -265,7 +268,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"'stages.0'; do you mean '0.stages.0'",
     ),
     "nothing alike": (lambda: _model(stages=("xyz",)), ValueError, "do you mean 'stages', 'idle', 'classifier'"),
-    "one name, no sequence": (lambda: _model(stages="stages.0"), TypeError, "stages: expected a sequence"),
+    "misspelt, deeper": (lambda: _model(stages=("stages.9",)), ValueError, r"do you mean ('stages.\d'(, )?)+\?"),
+    "one name, no sequence": (
+        lambda: _model(stages="stages.0"),
+        TypeError,
+        r"stages: expected a list of names of modules, got 'stages.0'; pass \['stages.0'\]",
+    ),
+    "modules, no names": (
+        lambda: _model(stages=[nn.Identity()]),
+        TypeError,
+        r"stages: .*got a list of Identity, as in network.named_modules\(\)",
+    ),
+    "an example that does not fit": (
+        lambda: _model(example=torch.zeros(1, 5, 32, 32)),
+        ValueError,
+        r"example: the network fails for an input of shape \(1, 5, 32, 32\): ",
+    ),
     "none": (lambda: _model(stages=()), ValueError, "stages: expected one or more"),
     "twice the same": (lambda: _model(stages=("stages.0",) * 2), ValueError, "distinct"),
     "not called": (lambda: _model(stages=("idle",)), ValueError, "'idle' was not called"),

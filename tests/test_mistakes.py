@@ -112,6 +112,26 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"got \(2, 5, 8, 8\); pass labels.argmax\(1\)",
     ),
+    "labels one-hot, as numbers": (
+        lambda: srf.mea_loss(EXITS, torch.zeros(2, 5, 8, 8)),
+        ValueError,
+        r"got \(2, 5, 8, 8\); pass labels.argmax\(1\)",
+    ),
+    "another void label": (
+        lambda: srf.mea_loss(EXITS, LABELS.int().masked_fill(LABELS == 255, -100)),
+        ValueError,
+        "got -100 at .*; if -100 is void, pass ignore_index=-100",
+    ),
+    "a mask as pixel_weight": (
+        lambda: srf.mea_loss(EXITS, LABELS, pixel_weight=LABELS != 255),
+        TypeError,
+        r"got torch.bool; pass pixel_weight.float\(\)",
+    ),
+    "pixel_weight with a channel": (
+        lambda: srf.mea_loss(EXITS, LABELS, pixel_weight=torch.ones(2, 1, 8, 8)),
+        ValueError,
+        r"expected shape \(2, 8, 8\), got \(2, 1, 8, 8\); pass pixel_weight.squeeze\(1\)",
+    ),
     "labels as numbers": (
         lambda: srf.mea_loss(EXITS, LABELS.double()),
         TypeError,
@@ -147,6 +167,8 @@ HINTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         f"loss.{name}": (lambda name=name: getattr(_output(), name), AttributeError, rf"use \.total\.{name}")
         for name in ("backward", "item", "detach")
     },
+    "2 * loss": (lambda: 2 * _output(), TypeError, r"scale \.total"),
+    "loss * 2.0": (lambda: _output() * 2.0, TypeError, r"scale \.total"),
     "a format": (lambda: f"{_output():.3f}", TypeError, r"format \.total"),
     "a scaler": (lambda: torch.amp.GradScaler("cpu").scale(_output()), TypeError, r"scale \.total"),
     # names of other libraries
