@@ -51,7 +51,7 @@ $(STAMP): $(SOURCES) setup.py pyproject.toml MANIFEST.in | $(BIN)/python
 	$(BIN)/pip install '.[demo,test]'
 	touch $@
 
-# The kernels in .cu are not clang-tidy's: of exit_loss.cu it makes minutes.
+# The CUDA kernels are not clang-tidy's: of exit_loss.cu it makes minutes.
 lint: install
 	$(BIN)/pip install -q check-jsonschema clang-tidy mypy ruff
 	$(BIN)/ruff check .

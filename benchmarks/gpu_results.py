@@ -24,7 +24,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED = ROOT / "benchmarks" / "counted" / "sm_90.csv"
 # Of the kernels of a step, which one benchmarks/counted counts as the main one.
-MAIN = re.compile("exit_loss|small_exits_kernel|exit_rows_kernel|exit_blocks_kernel")
+MAIN = re.compile("full_size_kernel|small_exits_kernel|blockwise_kernel|exit_rows_kernel|exit_blocks_kernel")
 Row = dict[str, Any]
 
 

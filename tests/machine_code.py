@@ -29,7 +29,14 @@ def check(case: Case, compute: Callable[[list[torch.Tensor], torch.Tensor], Comp
     losses, total, actual = compute(exits, labels)
     inputs = [z.double().requires_grad_() for z in exits]
     exact = reference.exit_loss_matrix(
-        inputs, labels, teachers=case.teachers, temperature=case.temperature, size=(H, W)
+        inputs,
+        labels,
+        teachers=case.teachers,
+        temperature=case.temperature,
+        renormalize=case.target == "renormalized",
+        target="argmax" if case.target == "argmax" else "soft",
+        label_smoothing=case.label_smoothing,
+        size=(H, W),
     )
     weights = torch.ones_like(exact)
     weights[0] = 0.8

@@ -41,8 +41,7 @@ LOSSES = "tests/test_losses.py -k {backend}"
 SHAPES = "tests/test_kernel_shapes.py -k '{backend} and "
 RESIZE = "tests/test_resize.py -k '{backend} and every_ratio and float32'"
 SMALLER = "tests/test_resize.py -k '{backend} and smaller_exits'"
-CUDA, TRITON = "csrc/cuda/exit_loss.cu", "selfreg_fast/triton/kernels.py"
-SMALL = "csrc/cuda/small_exits.h"
+CUDA, TRITON = "csrc/cuda", "selfreg_fast/triton/kernels.py"
 
 MUTATIONS = [
     Mutation(
@@ -175,32 +174,32 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: sums of all warps but the first dropped",
-        CUDA,
-        "for (int k = thread() % 32; k < pixel_threads(); k += 32) sum",
-        "for (int k = thread() % 32; k < 32; k += 32) sum",
+        f"{CUDA}/phases.h",
+        "for (int k = thread_of_block() % 32; k < count; k += 32)",
+        "for (int k = thread_of_block() % 32; k < 32; k += 32)",
         "cuda",
         LOSSES,
     ),
     Mutation(
         "cuda: no barrier before other warps' numbers are read",
-        CUDA,
-        "buffer[p * size + group() * apart] = x[p];\n      __syncthreads();",
-        "buffer[p * size + group() * apart] = x[p];",
+        f"{CUDA}/planes.h",
+        "buffer[p * size + group()] = x[p];\n    __syncthreads();",
+        "buffer[p * size + group()] = x[p];",
         "cuda",
         SHAPES + "contiguous and odd and float32'",
     ),
     Mutation(
         "cuda: power of the temperature in the soft gradient",
-        CUDA,
-        "rate = i < a.N || a.target == Target::argmax ? A(1) : a.tau;",
+        f"{CUDA}/phases.h",
+        "rate = of_labels || a.target == Target::argmax ? A(1) : a.tau;",
         "rate = A(1);",
         "cuda",
         LOSSES,
     ),
     Mutation(
         "cuda: mask_soft ignored at the pixels",
-        CUDA,
-        "if (a.labels && a.mask_soft) soft_w[p] = label_w[p];",
+        f"{CUDA}/phases.h",
+        "if (a.mask_soft) w.soft = w.label;",
         "",
         "cuda",
         LOSSES,
@@ -215,31 +214,39 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: a learning teacher hears the last student's normaliser only",
-        CUDA,
-        "normalizers[p] += k[p] * saying(s, kLogNormalizer, p);",
-        "normalizers[p] = k[p] * saying(s, kLogNormalizer, p);",
+        f"{CUDA}/blockwise.h",
+        "normalizers += k * log_z_of_student(s);",
+        "normalizers = k * log_z_of_student(s);",
         "cuda",
         LOSSES,
     ),
     Mutation(
         "cuda: of two staged rows, the second one's odd channels lost",
-        CUDA,
+        f"{CUDA}/staged.h",
         "if (i > 0) to[i - 1][V - 1] = x[0];",
         "",
         "cuda",
         LOSSES,
     ),
     Mutation(
-        "cuda: of a resized exit's gradient, a row that is begun is begun anew",
-        CUDA,
-        "place.more |= int(to < fresh) << (2 * p + r);",
-        "place.more |= int(to + 1 < fresh) << (2 * p + r);",
+        "cuda: of an exit larger than the output, the row below a pixel gets nothing",
+        f"{CUDA}/blockwise_tile.h",
+        "if (low + 1 < rows.from) to[copy_columns * a.C] += weight * sum;",
+        "",
+        "cuda",
+        RESIZE,
+    ),
+    Mutation(
+        "cuda: beside small exits, a full-size one is taught by the wrong row of its tile",
+        f"{CUDA}/beside.h",
+        "while (u.end[span] <= p) span = u.end[span];",
+        "",
         "cuda",
         RESIZE,
     ),
     Mutation(
         "cuda: small exits' rows are begun anew with every tile",
-        SMALL,
+        f"{CUDA}/scatter.h",
         "const bool first = last < 0, fresh = low != last;",
         "const bool first = true, fresh = low != last;",
         "cuda",
@@ -247,7 +254,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: small exits' pixels far below their peaks are left to underflow",
-        SMALL,
+        f"{CUDA}/lines.h",
         "if (__builtin_expect(small, false)) {",
         "if (false) {",
         "cuda",
@@ -255,7 +262,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda: small exits' targets are added to the gradient",
-        SMALL,
+        f"{CUDA}/combine.h",
         "total[j] -= gains[r] * sum[j];",
         "total[j] += gains[r] * sum[j];",
         "cuda",

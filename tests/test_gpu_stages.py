@@ -162,7 +162,7 @@ def test_the_cases_are_right_and_reach_every_kernel(tmp_path: Path) -> None:
     base = here - next(at for at, name in names.items() if name == "cuda_on_host_launched")
     reached = {_shape(names.get(kernel - base, "")) for kernel in kernels} | {None}
     missing = {_shape(name) for name in names.values()} - reached
-    assert len(reached) > 50 and not missing, missing
+    assert len(reached) > 40 and not missing, missing
 
 
 def _shape(symbol: str) -> str | None:
@@ -175,9 +175,7 @@ def _shape(symbol: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------ what tools say
 
-KERNEL = (
-    "selfreg::(anonymous namespace)::exit_loss_kernel<selfreg::Shape<(selfreg::Layout)0, 22>>(selfreg::Args<float>)"
-)
+KERNEL = "selfreg::(anonymous namespace)::full_size_kernel<selfreg::Planes<float, 22, 2>>(selfreg::FullSizeArgs)"
 SANITIZED = {
     "ours": f"""
 ========= COMPUTE-SANITIZER
@@ -238,7 +236,7 @@ def test_what_ncu_counts_is_read() -> None:
     head = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
 
     def row(number: int, metric: str, value: str) -> str:
-        return f'"{number}","7","exit_loss_kernel","Command line profiler metrics","{metric}","ns","{value}"'
+        return f'"{number}","7","full_size_kernel","Command line profiler metrics","{metric}","ns","{value}"'
 
     lines = [
         "==PROF== Profiling",

@@ -34,6 +34,8 @@ class Case:
     labels: bool = True
     channels_last: bool = False
     temperature: float = 2.0
+    target: str = "raw"  # or "renormalized", "argmax"
+    label_smoothing: float = 0.0
 
 
 class Launch(NamedTuple):
@@ -46,8 +48,8 @@ class Launch(NamedTuple):
 
 def key(symbol: str) -> str | None:
     """What names a kernel whichever compiler made its symbol."""
-    shape = re.search(r"_kernelI.*(LayoutE\dELi\d+ELi\d+ELi\d+ELb\dELb\d|SmallShapeI\w+?Li\d+ELb\d)E", symbol)
-    other = re.search(r"((?:count|finish|join|peak|combine)_kernelI\w*?E)EvNS", symbol)
+    shape = re.search(r"_kernelI.*?((?:Planes|Staged|Lanes|SmallShape)I\w+?)E+vNS", symbol)
+    other = re.search(r"((?:blockwise|count|finish|join|peak|combine)_kernelI\w*?E)EvNS", symbol)
     return shape[1] if shape else other[1] if other else None
 
 
@@ -89,9 +91,9 @@ class Compiled:
         # Nothing of the other dtypes is ever launched.
         accumulators = {"float": "float", "double": "double", "__half": "float", "__nv_bfloat16": "float"}
         types = [t for n, t in enumerate(accumulators) if n != DTYPES[self.dtype]]
-        stub = "template <> void launch_exit_loss<{0}>(const Launch<{1}>&, Args<{1}>&) {{ abort(); }}\n"
+        stub = "template <> Planned plan_exit_loss<{0}>(Planner&, const Request<{1}>&) {{ abort(); }}\n"
         stubs = "".join(stub.format(t, accumulators[t]) for t in types)
-        others.write_text(f'#include "device.h"\n#include "launch.h"\nnamespace selfreg {{\n{stubs}}}\n')
+        others.write_text(f'#include "device.h"\n#include "planning.h"\nnamespace selfreg {{\n{stubs}}}\n')
         jobs = {
             "exit_loss.cubin": [*nvcc, storage, kernels],
             "exit_loss.o": [*host, storage, "-c", "-x", "c++", kernels],
@@ -116,6 +118,7 @@ class Compiled:
     def launches(self, case: Case, multiprocessors: int) -> tuple[list[Launch], int]:
         """In their order; and the bytes of the workspace."""
         numbers = [multiprocessors, DTYPES[self.dtype], int(case.channels_last), int(case.labels), case.temperature]
+        numbers += [("raw", "renormalized", "argmax").index(case.target), case.label_smoothing]
         numbers += [*case.shape, len(case.sizes), *(x for size in case.sizes for x in size)]
         numbers += [len(case.teachers), *case.teachers, 0.8, 1.0]
         command = [str(self.folder / "launches"), str(self.folder / "registers"), *map(str, numbers)]

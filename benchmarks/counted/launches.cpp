@@ -3,7 +3,7 @@
 // the places below. Linked with the backend's sources as compiled for the CPU (tests/cuda_on_host).
 //
 // Arguments: a file of lines "kernel's address, registers"; multiprocessors; dtype, channels_last, labels (int64),
-// temperature; B C H W; N, h w of each exit; T, the teachers; weight of label losses, of soft losses.
+// temperature, target, label smoothing; B C H W; N, h w of each exit; T, the teachers; weight of label losses, of soft losses.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -62,6 +62,8 @@ int main(int, char** argument) {
   L.dtype = DType(next());
   const bool channels_last = next(), labels = next();
   L.temperature = next();
+  L.target = Target(int(next()));
+  L.label_smoothing = next();
   L.B = next(), L.C = next(), L.H = next(), L.W = next();
   L.N = next();
   std::vector<View> exits, grads;
@@ -85,9 +87,9 @@ int main(int, char** argument) {
   L.weights = L.total_weights = weights.data();
   L.reduction = Reduction::mean, L.ignore_index = 255, L.detach_teacher = true;
   L.losses = place(130), L.total = place(131);
-  int64_t bytes = 0;
-  cudaError_t error = cuda_workspace_bytes(L, 0, bytes);
-  printf("%ld\n", long(bytes));
-  if (error == cudaSuccess) error = cuda_launch(L, place(129), 0, nullptr);
+  Plan plan;
+  cudaError_t error = cuda_plan(L, 0, plan);
+  printf("%ld\n", long(plan.bytes));
+  if (error == cudaSuccess) error = cuda_enqueue(plan, place(129), nullptr);
   return error;
 }

@@ -3,17 +3,24 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
+#include <vector>
+
 #include "../exit_loss.h"
 
 namespace selfreg {
 
 constexpr int kMaxCudaExits = 16;
 
-cudaError_t cuda_workspace_bytes(const ExitLoss& launch, int device, int64_t& bytes);
+// A launch, worked out but for its memory: the kernels, in order.
+struct Plan {
+  int64_t bytes = 0;  // of the workspace
+  std::vector<std::function<cudaError_t(char* workspace, cudaStream_t)>> steps;
+};
+cudaError_t cuda_plan(const ExitLoss& launch, int device, Plan& plan);
 
-// Enqueues the launch. `workspace` holds cuda_workspace_bytes(launch, device), and must live until the stream has
-// passed.
-cudaError_t cuda_launch(const ExitLoss& launch, void* workspace, int device, cudaStream_t stream);
+// Enqueues the kernels. The workspace, of plan.bytes aligned to 16, must live until the stream has passed.
+cudaError_t cuda_enqueue(const Plan& plan, void* workspace, cudaStream_t stream);
 
 // data[i][0 .. numel[i]) *= *factor, a number of A; where that is 1, nothing is read or written.
 struct ScaleArgs {

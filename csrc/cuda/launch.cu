@@ -3,28 +3,31 @@
 
 #include "cuda_launch.h"
 #include "device.h"
-#include "launch.h"
+#include "planning.h"
 
 namespace selfreg {
 namespace {
 
-constexpr int64_t kMaxCountBlocks = 512;
 constexpr int kThreads = 256;
 
-// ---- plan ------------------------------------------------------------------------------------------------------
+// ---- what is asked for -----------------------------------------------------------------------------------------
+
+template <class A>
+void set_views(const ExitLoss& L, Args<A>& args) {
+  for (int e = 0; e < L.N; ++e)
+    for (auto [from, to] : {std::pair{&L.exits[e], &args.exits[e]}, {&L.grads[e], &args.grads[e]}})
+      *to = {from->data, from->stride_c, {from->stride_b, from->stride_h, from->stride_w}};
+}
 
 // The dimensions B, H, W, as few as describe the pixels of all views.
 template <class A>
-void merge_dimensions(const ExitLoss& L, Args<A>& args) {
-  const int64_t sizes[3] = {L.B, L.H, L.W};
+void merge_dimensions(Args<A>& args) {
+  const int64_t sizes[3] = {args.size[0], args.size[1], args.size[2]};
   PixelView* views[2 * kMaxExits];
   int count = 0;
-  for (int e = 0; e < L.N; ++e) {
-    for (auto [from, to] : {std::pair{&L.exits[e], &args.exits[e]}, {&L.grads[e], &args.grads[e]}}) {
-      *to = {from->data, from->stride_c, {from->stride_b, from->stride_h, from->stride_w}};
-      if (from->data) views[count++] = to;
-    }
-  }
+  for (int e = 0; e < args.N; ++e)
+    for (PixelView* v : {&args.exits[e], &args.grads[e]})
+      if (v->data) views[count++] = v;
   int last = 3;  // dimensions [last, 3) are merged
   for (int d = 2; d >= 0; --d) {
     if (sizes[d] == 1) continue;
@@ -45,29 +48,11 @@ void merge_dimensions(const ExitLoss& L, Args<A>& args) {
     for (int i = 0; i < count; ++i) views[i]->step[d] = 0;
   }
   args.dims = 3 - last;
-  args.alike = std::all_of(views, views + count,
-                           [&](const PixelView* v) { return std::equal(v->step, v->step + 3, views[0]->step); });
+  args.same_steps = std::all_of(views, views + count,
+                                [&](const PixelView* v) { return std::equal(v->step, v->step + 3, views[0]->step); });
 }
 
-// What resized exits are, and how many there are.
-template <class A>
-bool resizes(const ExitLoss& L, Args<A>& args) {
-  bool any = false;
-  for (int e = 0; e < L.N; ++e) {
-    const View& exit = L.exits[e];
-    if (exit.H == L.H && exit.W == L.W) continue;
-    args.from[e] = make_int2(int(exit.H), int(exit.W));
-    any = true;
-    args.size_number[e] = uint8_t(args.sizes);
-    for (int other = e; other-- > 0;)
-      if (args.from[other].x == args.from[e].x && args.from[other].y == args.from[e].y)
-        args.size_number[e] = args.size_number[other];
-    args.sizes += args.size_number[e] == args.sizes;
-  }
-  return any;
-}
-
-// Calls f for the views that the kernel touches; whether it is true for all.
+// Whether f is true of all views that a kernel touches.
 template <class A, class F>
 bool all_views(const Args<A>& args, F f) {
   for (int e = 0; e < args.N; ++e)
@@ -76,15 +61,16 @@ bool all_views(const Args<A>& args, F f) {
 }
 
 template <class A>
-void choose_layout(const Args<A>& args, int bytes, Launch<A>& launch) {
+void choose_layout(int bytes, Request<A>& request) {
+  const Args<A>& args = request.args;
   int rows = 0;  // exits whose channels lie together
   for (int e = 0; e < args.N; ++e) rows += args.C > 1 && args.exits[e].channel == 1 && args.exits[e].step[2] != 1;
-  launch.layout = 2 * rows > args.N ? Layout::lanes : Layout::planes;
-  const bool lanes = launch.layout == Layout::lanes;
+  request.layout = 2 * rows > args.N ? Layout::lanes : Layout::planes;
+  const bool lanes = request.layout == Layout::lanes;
   if (lanes && args.dims <= 1 && all_views(args, [&](const PixelView& v) {
         return v.channel == 1 && v.step[2] == args.C && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
       }))
-    launch.layout = Layout::staged;
+    request.layout = Layout::staged;
   auto fits = [&](int vector) {
     return (lanes ? args.C : args.size[2]) % vector == 0 && all_views(args, [&](const PixelView& v) {
              const int64_t together = lanes ? v.channel : v.step[2], apart = lanes ? v.step[2] : v.channel;
@@ -92,24 +78,53 @@ void choose_layout(const Args<A>& args, int bytes, Launch<A>& launch) {
                     reinterpret_cast<uintptr_t>(v.data) % (vector * bytes) == 0;
            });
   };
-  launch.vector = fits(4) ? 4 : fits(2) ? 2 : 1;
-  launch.near = all_views(args, [&](const PixelView& v) { return (args.C - 1) * v.channel <= 0xffffffffll; });
+  request.vector = fits(4) ? 4 : fits(2) ? 2 : 1;
+  request.channels_near = all_views(args, [&](const PixelView& v) { return (args.C - 1) * v.channel <= 0xffffffffll; });
 }
 
-// Where exits are resized, nothing is merged: rows and columns are what they lie on.
 template <class A>
-void keep_dimensions(const ExitLoss& L, int bytes, Args<A>& args, Launch<A>& launch) {
-  launch.layout = Layout::resized;
-  launch.near = true;
+Request<A> make_request(const ExitLoss& L) {
+  Request<A> request{};
+  Args<A>& args = request.args;
+  args.N = L.N, args.T = L.T, args.C = int32_t(L.C);
   args.size[0] = L.B, args.size[1] = L.H, args.size[2] = L.W, args.dims = 3;
+  args.pixels = L.B * L.H * L.W;
   args.align_corners = L.align_corners;
+  set_views(L, args);
   for (int e = 0; e < L.N; ++e) {
-    for (auto [from, to] : {std::pair{&L.exits[e], &args.exits[e]}, {&L.grads[e], &args.grads[e]}})
-      *to = {from->data, from->stride_c, {from->stride_b, from->stride_h, from->stride_w}};
     const View& v = L.exits[e];
-    const int64_t last = (v.H - 1) * v.stride_h + (v.W - 1) * v.stride_w + (L.C - 1) * v.stride_c;
-    launch.near = launch.near && last <= 0xffffffffll / bytes;
+    if (v.H == L.H && v.W == L.W) continue;
+    args.from[e] = make_int2(int(v.H), int(v.W));
+    request.resized = true;
   }
+  if (!request.resized) merge_dimensions(args);  // else rows and columns are what exits lie on
+  choose_layout(L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2, request);
+  int place = 0;
+  for (int r = L.T; r-- > 0;) args.order[place++] = args.teachers[r] = uint8_t(L.teachers[r]);
+  for (int e = 0; e < L.N; ++e)
+    if (std::find(L.teachers, L.teachers + L.T, e) == L.teachers + L.T) args.order[place++] = uint8_t(e);
+  args.labels = L.labels;
+  args.label_type = L.label_type;
+  args.class_weight = static_cast<const A*>(L.class_weight);
+  args.pixel_weight = static_cast<const A*>(L.pixel_weight);
+  args.grad_losses = static_cast<const A*>(L.grad_losses);
+  // At temperature 1 powers are renormalised as they are.
+  args.target = L.target == Target::renormalized && L.temperature == 1 ? Target::raw : L.target;
+  args.reduction = L.reduction;
+  args.tau = A(L.temperature);
+  args.rate_tau = A(kLog2e / L.temperature);
+  args.rate = args.target == Target::renormalized && !L.labels ? args.rate_tau : A(kLog2e);
+  args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
+  args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
+  args.hot_weight = A(1 - L.label_smoothing);
+  args.smoothing = L.labels ? A(L.label_smoothing / double(L.C)) : A(0);
+  args.ignore_index = L.ignore_index;
+  args.mask_soft = L.mask_soft;
+  args.teacher_learns = !L.detach_teacher && (L.grad_losses || L.weights);
+  for (int i = 0; L.weights && i < (L.T + 1) * L.N; ++i) args.weights[i] = A(L.weights[i]);
+  args.maps = L.reduction == Reduction::none ? static_cast<A*>(L.losses) : nullptr;
+  args.soft_norm = 1.0 / double(std::max<int64_t>(args.pixels, 1));
+  return request;
 }
 
 // ---- phase 0 ---------------------------------------------------------------------------------------------------
@@ -117,6 +132,7 @@ void keep_dimensions(const ExitLoss& L, int bytes, Args<A>& args, Launch<A>& lau
 template <class A>
 struct CountArgs {
   const void* labels;
+  LabelType label_type;
   const A *class_weight, *pixel_weight;
   int64_t pixels, C, ignore_index;
   bool mask_soft;
@@ -124,7 +140,7 @@ struct CountArgs {
 };
 
 template <class A, class Label>
-__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountArgs<A> a) {
+SELFREG_DEVICE void count(const CountArgs<A>& a) {
   double label = 0, soft = 0;
   const int64_t step = int64_t(gridDim.x) * kThreads;
 #pragma unroll 4
@@ -139,18 +155,28 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   soft = block_sum(soft);
   if (threadIdx.x == 0) a.counts[2 * blockIdx.x] = label, a.counts[2 * blockIdx.x + 1] = soft;
 }
+template <class A>
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountArgs<A> a) {
+  switch (a.label_type) {
+    case LabelType::uint8: return count<A, uint8_t>(a);
+    case LabelType::int32: return count<A, int32_t>(a);
+    default: return count<A, int64_t>(a);
+  }
+}
 
 template <class A>
-int64_t count_pixels(const Args<A>& args, double* counts, const Launch<A>& launch) {
-  const CountArgs<A> count{args.labels, args.class_weight, args.pixel_weight, args.pixels,
-                           args.C,      args.ignore_index, args.mask_soft,    counts};
-  const int64_t most = std::min<int64_t>(2 * launch.processors, kMaxCountBlocks);
-  const int64_t blocks = std::clamp<int64_t>(args.pixels / (4 * kThreads), 1, most);
-  auto kernel = args.label_type == LabelType::uint8   ? count_kernel<A, uint8_t>
-                : args.label_type == LabelType::int32 ? count_kernel<A, int32_t>
-                                                      : count_kernel<A, int64_t>;
-  launch_kernel(launch, kernel, dim3(unsigned(blocks)), kThreads, 0, count);
-  return blocks;
+void plan_counts(Planner& planner, Request<A>& request) {
+  const Args<A>& args = request.args;
+  request.counts = -1;
+  if (args.reduction != Reduction::mean || !(args.labels || args.pixel_weight)) return;
+  const int64_t blocks = std::clamp<int64_t>(args.pixels / (4 * kThreads), 1, 2 * planner.processors);
+  const int64_t counts = request.counts = planner.take(2 * blocks * int64_t(sizeof(double)));
+  request.args.count_blocks = int32_t(blocks);
+  const CountArgs<A> count{args.labels,       args.label_type, args.class_weight,
+                           args.pixel_weight, args.pixels,     args.C,
+                           args.ignore_index, args.mask_soft,  nullptr};
+  planner.add(count_kernel<A>, dim3(unsigned(blocks)), kThreads, 0, count,
+              [=](CountArgs<A>& to, char* workspace) { to.counts = placed<double>(workspace, counts); });
 }
 
 // ---- phase 3 ---------------------------------------------------------------------------------------------------
@@ -186,236 +212,44 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fi
   *a.total = A(total);
 }
 
-// ---- gradients of resized exits --------------------------------------------------------------------------------
-
 template <class A>
-struct JoinArgs {
-  const A* copies[kMaxExits];  // null: there are none
-  PixelView grads[kMaxExits];
-  int2 from[kMaxExits];
-  Cut cut;
-  int64_t B, C;
-  bool align_corners;
-};
-
-// A thread an element of the plane: the sum of the copies that have it, which lie side by side, for all channels.
-template <class S, class A>
-__global__ void __launch_bounds__(kThreads, 3) join_kernel(const __grid_constant__ JoinArgs<A> a) {
-  const int e = blockIdx.y;
-  if (!a.copies[e]) return;
-  const Cut& cut = a.cut;
-  const PixelView& grad = a.grads[e];
-  const int64_t h = a.from[e].x, w = a.from[e].y, step = int64_t(gridDim.x) * kThreads;
-  const Axis rows{h, cut.height, a.align_corners}, columns{w, cut.width, a.align_corners};
-  const Copies copies(cut, h, w, a.align_corners);
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.B * h * w; i += step) {
-    const int64_t line = quotient(i, w), x = i - line * w, image = quotient(line, h), y = line - image * h;
-    // The output's rows that lie on row y are those on y - 1 and on y; of larger exits there may be none.
-    const int64_t row0 = rows.first(y - 1), row1 = rows.first(y + 1) - 1;
-    const int64_t column0 = columns.first(x - 1), column1 = columns.first(x + 1) - 1;
-    const bool none = row0 > row1 || column0 > column1;
-    const int64_t band0 = quotient(row0, cut.rows), band1 = none ? band0 - 1 : quotient(row1, cut.rows);
-    const int64_t strip0 = quotient(column0, cut.columns), strip1 = quotient(column1, cut.columns);
-    S* const to = static_cast<S*>(grad.data) + image * grad.step[0] + y * grad.step[1] + x * grad.step[2];
-    const int64_t below = y - rows.low(band0 * cut.rows), right = x - columns.low(strip0 * cut.columns);
-    const A* const first =
-        a.copies[e] + copies.begin(cut, image, band0, strip0, a.C) + (below * copies.columns + right) * a.C;
-    if (band0 == band1 && strip0 == strip1) {
-#pragma unroll 4
-      for (int64_t c = 0; c < a.C; ++c) to[c * grad.channel] = to_storage<S>(first[c]);
-      continue;
-    }
-#pragma unroll 1
-    for (int64_t c = 0; c < a.C; ++c) {
-      A sum = 0;
-#pragma unroll 1
-      for (int64_t band = band0; band <= band1; ++band) {
-        const int64_t row = y - rows.low(band * cut.rows);
-#pragma unroll 1
-        for (int64_t strip = strip0; strip <= strip1; ++strip) {
-          const int64_t column = x - columns.low(strip * cut.columns);
-          sum += a.copies[e][copies.begin(cut, image, band, strip, a.C) + (row * copies.columns + column) * a.C + c];
-        }
-      }
-      to[c * grad.channel] = to_storage<S>(sum);
-    }
-  }
-}
-
-template <class A>
-void join_copies(const ExitLoss& L, const Args<A>& args, const Cut& cut, const A* room, const Launch<A>& launch) {
-  JoinArgs<A> join{};
-  int64_t most = 0;
-  place_copies(args, cut, [&](int e, int64_t begin) {
-    const View& grad = L.grads[e];
-    join.copies[e] = room + begin;
-    join.grads[e] = {grad.data, grad.stride_c, {grad.stride_b, grad.stride_h, grad.stride_w}};
-    join.from[e] = args.from[e];
-    most = std::max(most, L.B * grad.H * grad.W);
-  });
-  if (most == 0) return;
-  join.cut = cut, join.B = L.B, join.C = L.C, join.align_corners = L.align_corners;
-  void (*kernel)(JoinArgs<A>);
-  if constexpr (sizeof(A) == 8) {
-    kernel = join_kernel<double, double>;
-  } else {
-    kernel = L.dtype == DType::float32   ? join_kernel<float, float>
-             : L.dtype == DType::float16 ? join_kernel<__half, float>
-                                         : join_kernel<__nv_bfloat16, float>;
-  }
-  const int64_t blocks = std::clamp<int64_t>((most + kThreads - 1) / kThreads, 1, 4 * launch.processors);
-  launch_kernel(launch, kernel, dim3(unsigned(blocks), unsigned(L.N)), kThreads, 0, join);
-}
-
-// ---- exits that are all small: small_exits.h -------------------------------------------------------------------
-
-// Whether that kernel will do; what is known before the output is cut. Peaks come first, then copies.
-bool plan_small(const Args<float>& args, const Launch<float>& launch, double* combined, SmallArgs& small) {
-  // Raw targets of other temperatures underflow where what they are a power of does not, or the other way round; of
-  // large ones, gradients are small differences of large sums.
-  const bool fits = args.T == 0 || (args.tau >= 0.5f && args.tau <= 8);
-  const bool suits = args.C > 1 && args.C <= kMostSmallChannels;  // of one channel, gradients are to be exactly 0
-  if (!fits || !suits || !is_plain(args) || args.teacher_learns || !launch.near) return false;
-  if (args.pixels >> 31) return false;
-  int64_t peaks = 0;
-  for (int e = args.N; e-- > 0;) {
-    const int2 from = args.from[e];
-    if (from.x == 0 || from.x > args.size[1] || from.y > args.size[2]) return false;
-    const int s = args.size_number[e];
-    small.size_first[s] = e;
-    if (peaks == 0 || from.x > args.from[small.size_first[small.finest]].x) small.finest = s;
-    small.peaks_from[e] = peaks;
-    peaks += args.size[0] * from.x * from.y;
-  }
-  if (peaks >> 30) return false;  // they are counted, in steps of a grid, in int
-  for (int s = 0; s < args.sizes; ++s) small.vectors[s] = uint8_t(args.T + 1);
-  for (int e = 0; e < args.N; ++e)
-    if (args.grads[e].data) small.rank[e] = small.vectors[args.size_number[e]]++;
-  small.all = args;
-  small.peaks = launch.copies;
-  small.copies_begin = (peaks + 3) / 4 * 4;
-  small.copies = launch.copies + small.copies_begin;
-  small.combined = combined;
-  return true;
-}
-
-// ---- the launch ------------------------------------------------------------------------------------------------
-
-struct Workspace {
-  int64_t norm, counts, partial, combined, total;  // numbers of double
-};
-
-Workspace workspace(const ExitLoss& L) {
-  const int64_t blocks = std::min(kMaxBlocks, L.B * L.H * L.W);
-  const bool resized = std::any_of(L.exits, L.exits + L.N, [&](const View& v) { return v.H != L.H || v.W != L.W; });
-  Workspace w{0, 2, 2 + 2 * kMaxCountBlocks, 0, 0};
-  w.combined = w.partial + (L.T + 1) * L.N * blocks;
-  w.total = w.combined + (resized ? (L.T + 1) * L.N * kMaxCombineBlocks : 0);
-  return w;
-}
-
-// Without `room`: only how much of it is needed, in `numbers`.
-template <class A>
-cudaError_t launch_as(const ExitLoss& L, double* room, int device, cudaStream_t stream, int64_t& numbers) {
-  const Workspace at = workspace(L);
-  numbers = at.total;
-  int64_t blocks = 0;
-  cudaError_t error = cudaSuccess;
-  Cut cut{};
-  SmallArgs small{};
-  Launch<A> launch{};
-  launch.dry = !room;
-  launch.copies = reinterpret_cast<A*>(room + at.total);
-  launch.cut = &cut;
-  launch.device = device;
-  launch.stream = stream;
-  launch.blocks = &blocks;
-  launch.error = &error;
-  if (!launch.works(cudaDeviceGetAttribute(&launch.processors, cudaDevAttrMultiProcessorCount, device))) return error;
-
-  Args<A> args{};
-  args.N = L.N, args.T = L.T, args.C = int32_t(L.C);
-  args.pixels = L.B * L.H * L.W;
-  const int bytes = L.dtype == DType::float64 ? 8 : L.dtype == DType::float32 ? 4 : 2;
-  const bool resized = resizes(L, args);
-  if (launch.dry && !resized) return cudaSuccess;
-  if (resized) {
-    keep_dimensions(L, bytes, args, launch);
-  } else {
-    merge_dimensions(L, args);
-    choose_layout(args, bytes, launch);
-  }
-  int place = 0;
-  for (int r = L.T; r-- > 0;) args.order[place++] = args.teachers[r] = L.teachers[r];
-  for (int e = 0; e < L.N; ++e)
-    if (std::find(L.teachers, L.teachers + L.T, e) == L.teachers + L.T) args.order[place++] = e;
-  args.labels = L.labels;
-  args.label_type = L.label_type;
-  args.class_weight = static_cast<const A*>(L.class_weight);
-  args.pixel_weight = static_cast<const A*>(L.pixel_weight);
-  args.grad_losses = static_cast<const A*>(L.grad_losses);
-  args.target = L.target;
-  args.reduction = L.reduction;
-  args.tau = A(L.temperature);
-  args.rate_tau = A(kLog2e / L.temperature);
-  args.rate = L.target == Target::renormalized && !L.labels ? args.rate_tau : A(kLog2e);
-  args.dot_scale = L.target == Target::argmax ? A(1) : args.tau;
-  args.log_z_scale = L.target == Target::renormalized ? args.tau * args.tau : args.dot_scale;
-  args.hot_weight = A(1 - L.label_smoothing);
-  args.smoothing = L.labels ? A(L.label_smoothing / double(L.C)) : A(0);
-  args.ignore_index = L.ignore_index;
-  args.mask_soft = L.mask_soft;
-  args.teacher_learns = !L.detach_teacher && (L.grad_losses || L.weights);
-  const int32_t entries = (L.T + 1) * L.N;
-  for (int i = 0; L.weights && i < entries; ++i) args.weights[i] = A(L.weights[i]);
-  args.norm = room + at.norm;
-  args.partial = room + at.partial;
-  args.maps = L.reduction == Reduction::none ? static_cast<A*>(L.losses) : nullptr;
-
-  if (args.pixels > 0) {
-    if (L.reduction == Reduction::mean && (L.labels || L.pixel_weight)) {
-      args.counts = room + at.counts;
-      args.count_blocks = int32_t(count_pixels(args, room + at.counts, launch));
-    }
-    args.soft_norm = 1.0 / double(args.pixels);
-    const Args<A> planned = args;  // with the gradients' own memory
-    if constexpr (sizeof(A) == 4)
-      if (resized && plan_small(args, launch, room + at.combined, small)) launch.small = &small;
-    if constexpr (sizeof(A) == 8) {
-      launch_exit_loss<double>(launch, args);
-    } else {
-      L.dtype == DType::float32   ? launch_exit_loss<float>(launch, args)
-      : L.dtype == DType::float16 ? launch_exit_loss<__half>(launch, args)
-                                  : launch_exit_loss<__nv_bfloat16>(launch, args);
-    }
-    if (error != cudaSuccess) return error;
-    int64_t copies = 0;  // numbers of A
-    if (small.taken) {
-      copies = small.copies_begin + place_vectors(small);
-    } else if (resized) {
-      copies = place_copies(planned, cut, [](int, int64_t) {});
-      join_copies(L, planned, cut, launch.copies, launch);
-    }
-    numbers += (copies * int64_t(sizeof(A)) + 7) / 8;
-  }
-  if (launch.dry) return cudaSuccess;
-
+void plan_finish(Planner& planner, const ExitLoss& L, int64_t norm, const Planned& planned) {
   FinishArgs<A> finish{};
-  finish.partial = room + at.partial;
-  finish.combined = room + at.combined;
-  finish.combined_blocks = small.combined_blocks;
-  finish.norm = room + at.norm;
-  finish.blocks = blocks;
+  finish.blocks = planned.main.blocks;
+  finish.combined_blocks = planned.combined.blocks;
   finish.N = L.N;
   if (L.reduction != Reduction::none) {
-    finish.entries = entries;
+    finish.entries = (L.T + 1) * L.N;
     finish.weighted = L.total_weights;
-    for (int i = 0; finish.weighted && i < entries; ++i) finish.weights[i] = A(L.total_weights[i]);
+    for (int i = 0; finish.weighted && i < finish.entries; ++i) finish.weights[i] = A(L.total_weights[i]);
     finish.losses = static_cast<A*>(L.losses);
   }
   finish.total = static_cast<A*>(L.total);
-  launch_kernel(launch, finish_kernel<A>, dim3(1), 512, 0, finish);
-  return error;
+  planner.add(finish_kernel<A>, dim3(1), 512, 0, finish, [=](FinishArgs<A>& to, char* workspace) {
+    to.norm = placed<double>(workspace, norm);
+    to.partial = placed<double>(workspace, planned.main.begin);
+    to.combined = placed<double>(workspace, planned.combined.begin);
+  });
+}
+
+// ---- the plan --------------------------------------------------------------------------------------------------
+
+template <class A>
+void plan_launch(Planner& planner, const ExitLoss& L) {
+  Request<A> request = make_request<A>(L);
+  request.norm = planner.take(2 * sizeof(double));
+  Planned planned;
+  if (request.args.pixels > 0) {
+    plan_counts(planner, request);
+    if constexpr (sizeof(A) == 8) {
+      planned = plan_exit_loss<double>(planner, request);
+    } else {
+      planned = L.dtype == DType::float32   ? plan_exit_loss<float>(planner, request)
+                : L.dtype == DType::float16 ? plan_exit_loss<__half>(planner, request)
+                                            : plan_exit_loss<__nv_bfloat16>(planner, request);
+    }
+  }
+  plan_finish<A>(planner, L, request.norm, planned);
 }
 
 // ---- scaling ---------------------------------------------------------------------------------------------------
@@ -442,17 +276,17 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
 
 }  // namespace
 
-cudaError_t cuda_workspace_bytes(const ExitLoss& launch, int device, int64_t& bytes) {
-  const auto plan = launch.dtype == DType::float64 ? launch_as<double> : launch_as<float>;
-  const cudaError_t error = plan(launch, nullptr, device, nullptr, bytes);
-  bytes *= int64_t(sizeof(double));
-  return error;
+cudaError_t cuda_plan(const ExitLoss& launch, int device, Plan& plan) {
+  Planner planner{device, 0, plan};
+  if (planner.works(cudaDeviceGetAttribute(&planner.processors, cudaDevAttrMultiProcessorCount, device)))
+    launch.dtype == DType::float64 ? plan_launch<double>(planner, launch) : plan_launch<float>(planner, launch);
+  return planner.error;
 }
 
-cudaError_t cuda_launch(const ExitLoss& launch, void* room, int device, cudaStream_t stream) {
-  const auto run = launch.dtype == DType::float64 ? launch_as<double> : launch_as<float>;
-  int64_t numbers;
-  return run(launch, static_cast<double*>(room), device, stream, numbers);
+cudaError_t cuda_enqueue(const Plan& plan, void* workspace, cudaStream_t stream) {
+  for (const auto& step : plan.steps)
+    if (const cudaError_t error = step(static_cast<char*>(workspace), stream); error != cudaSuccess) return error;
+  return cudaSuccess;
 }
 
 cudaError_t cuda_scale(const ScaleArgs& args, int tensors, DType dtype, cudaStream_t stream) {

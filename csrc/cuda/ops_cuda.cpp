@@ -57,10 +57,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> exit_loss_cuda(
   const DeviceGuard guard(device);
   auto run = [device](const ExitLoss& launch, const Tensor& first) {
     // Freed on return, but not used again before this stream is done with it: torch's allocator sees to that.
-    int64_t bytes = 0;
-    check_cuda(cuda_workspace_bytes(launch, device, bytes));
-    Tensor room = empty(first, {bytes}, ScalarType::Byte);
-    check_cuda(cuda_launch(launch, room.mutable_data_ptr(), device, current_stream(device)));
+    Plan plan;
+    check_cuda(cuda_plan(launch, device, plan));
+    Tensor workspace = empty(first, {plan.bytes}, ScalarType::Byte);
+    check_cuda(cuda_enqueue(plan, workspace.mutable_data_ptr(), current_stream(device)));
   };
   return exit_loss(
       run, true, [](void*, int64_t) {}, exits, labels, class_weight, pixel_weight, grad_losses, weights, wanted,

@@ -453,7 +453,7 @@ class _Resized:
 
 
 def most(count: int, size: int, to: int, align_corners: bool) -> int:
-    """The most positions of an exit that `count` neighbouring ones of the output lie on. See csrc/cuda/resize.h."""
+    """The most positions of an exit that `count` neighbouring ones of the output lie on. See csrc/axis.h."""
     step, unit = (size - 1, max(to - 1, 1)) if align_corners else (size, to)
     if size > to:
         return 2 * count

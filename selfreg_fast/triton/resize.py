@@ -89,7 +89,7 @@ def axes_kernel(
     HALO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where the output's rows and columns lie on every exit, in whole numbers. See Axis in csrc/cuda/resize.h."""
+    """Where the output's rows and columns lie on every exit, in whole numbers. See csrc/axis.h."""
     A: tl.constexpr = weights.dtype.element_ty
     i, rows = tl.program_id(1), tl.program_id(2) == 0
     h, w, _, _, _ = row_of(sizes, i)

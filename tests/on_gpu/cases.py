@@ -89,6 +89,7 @@ EVEN, TWO, ODD = (6, 8), (6, 7), (5, 7)  # accesses of four pixels, of two, of o
 WIDE = (40, 321)  # several blocks side by side
 EIGHTH = ((3, 4),) * 3
 SEVERAL = ((3, 4), (5, 7), (9, 12))
+BESIDE = ((12, 16), (24, 32), (3, 4))  # smaller than the output, or of its size
 MIXED = ((12, 16), (24, 32), (40, 36))  # smaller than the output, of its size, larger
 
 
@@ -112,11 +113,13 @@ def cuda_cases() -> list[Case]:
     small = [Case("small exits", c, (24, 32), own=EIGHTH) for c in (5, 13, 19, 21, 30, 40, 200)]
     small += [Case("small exits", 21, (24, 32), own=SEVERAL), Case("small exits", 12, (24, 33), own=EIGHTH, **last)]
     small += [Case("small exits", 19, WIDE, own=((5, 41),) * 3)]
-    resized = [Case("resized", 21, WIDE, own=((20, 161), WIDE, (5, 41)))]
-    resized += [Case("resized", c, (24, 32), own=MIXED) for c in (5, 13, 21, 60, 300)]
-    halves = [Case("resized", c, (24, 32), own=((12, 16),) * 3) for c in (5, 13, 21)]
-    found += _in_turns(small, COMMON) + _in_turns(resized, COMMON, DTYPES[1:] + DTYPES[:1])
-    found += _in_turns(halves, list(RARE))
+    beside = [Case("beside small exits", 21, WIDE, own=((20, 161), WIDE, (5, 41)))]
+    beside += [Case("beside small exits", c, (24, 32), own=BESIDE) for c in (5, 13, 40)]
+    halves = [Case("small exits", c, (24, 32), own=((12, 16),) * 3) for c in (5, 13, 21, 40)]
+    larger = [Case("larger", c, (24, 32), own=MIXED) for c in (5, 21, 300)]
+    found += _in_turns(small, COMMON) + _in_turns(beside, COMMON, DTYPES[1:] + DTYPES[:1])
+    found += _in_turns(beside, list(RARE)) + _in_turns(halves, list(RARE)) + _in_turns(halves[2:], list(RARE)[1:])
+    found += _in_turns(larger, COMMON, DTYPES[1:])
 
     blocks = [
         Case("blocks", 1, ODD),

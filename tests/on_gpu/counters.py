@@ -22,7 +22,7 @@ import selfreg_fast as srf
 from benchmarks.counted.__main__ import CASES
 from benchmarks.counted.kernels import Case
 
-MAIN = re.compile("exit_loss|small_exits_kernel|exit_rows_kernel|exit_blocks_kernel")
+MAIN = re.compile("full_size_kernel|small_exits_kernel|blockwise_kernel|exit_rows_kernel|exit_blocks_kernel")
 RUNS = 1 if REHEARSAL else 5
 # Eight kernels, by case and dtype; in two parts, for Nsight Compute says nothing before it is through.
 PROFILED = (((0, "float32"), (5, "float32"), (1, "float32"), (0, "bfloat16")),

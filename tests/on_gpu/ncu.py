@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from . import counted, emit, say
 
-KERNELS = "exit_loss|small_exits_kernel|exit_rows_kernel|exit_blocks_kernel"
+KERNELS = "full_size_kernel|small_exits_kernel|blockwise_kernel|exit_rows_kernel|exit_blocks_kernel"
 PARTS = range(2)  # of counters.py's cases
 STALLS = (
     "barrier branch_resolving dispatch_stall drain imc_miss lg_throttle long_scoreboard math_pipe_throttle membar "
