@@ -1,4 +1,4 @@
-"""Executes a kernel's machine code (SASS, sm_90), block by block, and counts the instructions its warps issue.
+"""Executes a kernel's machine code (SASS, sm_90), block by block, and counts what its warps issue and access.
 
 What cuobjdump prints of a cubin is translated to Python, a straight piece of code at a time. Threads of a warp go
 together as on a GPU: those furthest behind go first, and at a BSYNC they wait for those that were at its BSSY. float32
@@ -18,7 +18,26 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MASK = 0xFFFFFFFF
+from .shared_memory import ROW, Access, Accesses, wavefronts
+from .values import (
+    MASK,
+    bf16,
+    f16,
+    f32,
+    f64,
+    larger,
+    lop3,
+    mufu,
+    prmt,
+    rounded_up,
+    s32,
+    smaller,
+    to_bf16,
+    to_f16,
+    u32,
+    u64,
+)
+
 PARAMETERS = 0x210  # where a kernel's parameters begin in constant memory
 SHARED_WINDOW = 1 << 56  # generic addresses of shared memory begin here
 
@@ -76,95 +95,6 @@ def _operands(text: str) -> list[str]:
 def _instructions(code: str) -> list[Instruction]:
     line = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[T0-9])\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*?)\s*;")
     return [Instruction(int(at, 16), guard, name, _operands(text)) for at, guard, name, text in line.findall(code)]
-
-
-# ---- values ------------------------------------------------------------------------------------------------------
-
-
-def f32(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits & MASK))[0])
-
-
-def u32(x: float) -> int:
-    try:
-        return int(struct.unpack("<I", struct.pack("<f", x))[0])
-    except OverflowError:
-        return 0x7F800000 if x > 0 else 0xFF800000
-
-
-def f64(low: int, high: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<II", low, high))[0])
-
-
-def u64(x: float) -> tuple[int, int]:
-    low, high = struct.unpack("<II", struct.pack("<d", x))
-    return low, high
-
-
-def s32(x: int) -> int:
-    return x - (1 << 32) if x & 0x80000000 else x
-
-
-def bf16(x: int) -> float:
-    return f32((x & 0xFFFF) << 16)
-
-
-def to_bf16(x: float) -> int:
-    bits = u32(x)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) & 0xFFFF
-
-
-def to_f16(x: float) -> int:
-    return int(struct.unpack("<H", struct.pack("<e", x))[0])
-
-
-def f16(x: int) -> float:
-    return float(struct.unpack("<e", struct.pack("<H", x & 0xFFFF))[0])
-
-
-def rounded_up(x: float) -> float:
-    bits = u32(x)
-    return f32(bits) if f32(bits) >= x else f32(bits + 1)
-
-
-def smaller(a: float, b: float) -> float:
-    return b if a != a else a if b != b else min(a, b)
-
-
-def larger(a: float, b: float) -> float:
-    return b if a != a else a if b != b else max(a, b)
-
-
-def mufu(function: str, x: float) -> float:
-    if x != x:
-        return x
-    if function == "EX2":
-        return math.inf if x >= 1024 else 2.0**x
-    if function == "LG2":
-        return math.log2(x) if x > 0 else -math.inf if x == 0 else math.nan
-    if function == "RCP":
-        return 1 / x if x else math.copysign(math.inf, x)
-    if function == "RSQ":
-        return 1 / math.sqrt(x) if x > 0 else math.inf if x == 0 else math.nan
-    raise NotImplementedError(f"MUFU.{function}")
-
-
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    result = 0
-    for row in range(8):
-        if table >> row & 1:
-            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-    return result & MASK
-
-
-def prmt(a: int, selector: int, b: int) -> int:
-    source = (a | b << 32).to_bytes(8, "little")
-    result = 0
-    for k in range(4):
-        choice = selector >> 4 * k & 15
-        byte = source[choice & 7]
-        result |= (byte if choice < 8 else 255 if byte & 128 else 0) << 8 * k
-    return result
 
 
 # ---- operands as Python expressions of R, U (registers), P, Q (predicates), K (constants) ---------------------------
@@ -252,6 +182,7 @@ def put_predicate(target: str, value: str) -> str:
 NOTHING = {"NOP", "YIELD", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "BREAK", "FENCE", "WARPGROUP"}
 JUMPS = {"BRA", "CALL", "RET", "EXIT"}
 MEETINGS = {"BAR", "SHFL", "VOTE", "VOTEU", "REDUX", "BSSY", "BSYNC", "LDSM", "STSM", "HGMMA"}
+SHARED_ACCESSES = {"LDS", "STS", "LD", "ST"}  # the last two: perhaps
 COMPARISONS = {"LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "EQ": "==", "NE": "!="}
 
 
@@ -555,6 +486,13 @@ TRANSLATIONS: dict[str, Callable[[list[str], list[str]], list[str]]] = {
 # ---- a block of threads -------------------------------------------------------------------------------------------
 
 
+class Executed(NamedTuple):
+    """What a warp of a block has done, on average."""
+
+    issued: collections.Counter[str]  # by operation
+    wavefronts: float
+
+
 class Thread:
     def __init__(self, lane: int, special: dict[str, int]) -> None:
         self.at = 0  # an index of the code; -1: it has ended
@@ -605,6 +543,7 @@ class Program:
             "math": math,
             "INDEX": {i.at: n for n, i in enumerate(self.code)},
         }
+        self.accesses = self.names["accesses"] = Accesses()
         self.ends = self._pieces()
         self.compiled: dict[int, Callable[..., int]] = {}
 
@@ -621,6 +560,16 @@ class Program:
         ordered = sorted(s for s in starts if s < len(self.code))
         return dict(zip(ordered, [*ordered[1:], len(self.code)], strict=True))
 
+    def _statements(self, i: Instruction) -> list[str]:
+        """Those of the instruction; the second one tells `accesses`, where it is shared memory that it accesses."""
+        body = statements(i)
+        if i.operation in SHARED_ACCESSES:
+            words, size = _words(i.name.split("."))
+            is_shared = f"t&{SHARED_WINDOW} and " if i.operation in ("LD", "ST") else ""
+            self.names[f"access{i.at}"] = Access(i.at, words * size, i.operation in ("LDS", "LD"))
+            body.insert(1, f"{is_shared}accesses.add(access{i.at},S['SR_LANEID'],t)")
+        return body
+
     def _compile(self, start: int) -> Callable[..., int]:
         lines = []
         for i in self.code[start : self.ends[start]]:
@@ -636,7 +585,7 @@ class Program:
                 test = f"if {' and '.join(conditions)}: " if conditions else ""
                 lines.append(f"{test}return {self.names['INDEX'][_target(i)]}")
             else:
-                body = statements(i)
+                body = self._statements(i)
                 if body:
                     lines.append(guard + "; ".join(body))
         lines.append(f"return {self.ends[start]}")
@@ -644,10 +593,11 @@ class Program:
         piece: Callable[..., int] = self.names["piece"]
         return piece
 
-    def run(self, number: tuple[int, ...]) -> collections.Counter[str]:
-        """Executes a block of the grid. How often a warp issued each operation, on average."""
+    def run(self, number: tuple[int, ...]) -> Executed:
+        """Executes a block of the grid."""
         columns, rows = self.block
         self.shared.clear()
+        self.accesses.wavefronts = 0.0
         special = {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", number, strict=False)}
         special["SR_SWINHI"] = SHARED_WINDOW >> 32
         threads = [
@@ -666,7 +616,8 @@ class Program:
             for i in self.code[start : self.ends[start]]:
                 if i.operation != "NOP":
                     issued[i.operation] += times
-        return collections.Counter({name: times / len(warps) for name, times in issued.items()})
+        average = collections.Counter({name: times / len(warps) for name, times in issued.items()})
+        return Executed(average, self.accesses.wavefronts / len(warps) + average["SHFL"])  # each takes a wavefront
 
     def _pass_barrier(self, threads: list[Thread]) -> None:
         """All that have not ended are at it; of BAR.RED.OR the result is whether any says so, for B2R to fetch."""
@@ -694,9 +645,10 @@ class Program:
                 elif i.operation == "REDUX":
                     _reduce(i, group)
                 elif i.operation in ("LDSM", "STSM"):
-                    _matrices(i, group, self.names["load_shared"], self.names["store_shared"])
+                    took = _matrices(i, group, self.names["load_shared"], self.names["store_shared"])
+                    self.accesses.wavefronts += took
                 elif i.operation == "HGMMA":
-                    _multiply_matrices(i, group, self.names["load_shared"])
+                    self.accesses.wavefronts += _multiply_matrices(i, group, self.names["load_shared"])
                 for t in group:
                     t.at = self.ends[at]
                 continue
@@ -705,6 +657,7 @@ class Program:
                 piece = self.compiled[at] = self._compile(at)
             for t in group:
                 t.at = piece(*t.state)
+            self.accesses.meet()
             live = [t for t in live if t.at >= 0]
 
     def _furthest_behind(self, live: list[Thread], masks: dict[str, set[int]]) -> tuple[int, list[Thread]]:
@@ -773,24 +726,29 @@ def _reduce(i: Instruction, group: list[Thread]) -> None:
         t.state[1][_number(target)] = result
 
 
-def _matrices(i: Instruction, group: list[Thread], load: Callable[..., int], store: Callable[..., None]) -> None:
+def _matrices(i: Instruction, group: list[Thread], load: Callable[..., int], store: Callable[..., None]) -> int:
     """Loads or stores matrices of 8 x 4 words: the n-th 8 lanes have the n-th one's rows' addresses, and a lane a word
-    of each."""
+    of each. Returns how many wavefronts that takes: a matrix's rows go together."""
     assert len(group) == 32 and ".16.M88." in i.name, i.name
     place, target = i.operands if i.operation == "STSM" else i.operands[::-1]
     at = eval(f"lambda R,U: {_pointer(place, 'shared')}")
-    rows = [at(t.state[0], t.state[1]) for t in group]
-    for n in range(int(i.name[-1])):
+    rows, count = tuple(at(t.state[0], t.state[1]) for t in group), int(i.name[-1])
+    for n in range(count):
         for lane, t in enumerate(group):
             word, register = rows[8 * n + lane // 4] + 4 * (lane % 4), _number(target) + n
             if i.operation == "STSM":
                 store(word, 4, t.state[0][register])
             else:
                 t.state[0][register] = load(word, 4)
+    return sum(wavefronts(rows[8 * n : 8 * n + 8], 16, is_load=False) for n in range(count))
 
 
-def _multiply_matrices(i: Instruction, group: list[Thread], load: Callable[..., int]) -> None:
-    """A warp's 16 rows of a 64 x N matrix of sums of tf32 products: (16 x 8 in registers) (8 x N in shared memory)."""
+def _multiply_matrices(i: Instruction, group: list[Thread], load: Callable[..., int]) -> float:
+    """A warp's 16 rows of a 64 x N matrix of sums of tf32 products: (16 x 8 in registers) (8 x N in shared memory).
+
+    Returns its share of the wavefronts. Four warps read the right matrix together, or else a matrix of 16-bit numbers,
+    m64n256k16, would take longer than the 128 clocks that NVIDIA's peak allows it.
+    """
     columns = int(re.fullmatch(r"HGMMA\.64x(\d+)x8\.F32\.TF32", i.name)[1])  # type: ignore[index]
     target, left, descriptor, added = i.operands[:4]
     registers = [t.state[0] for t in group]
@@ -815,3 +773,4 @@ def _multiply_matrices(i: Instruction, group: list[Thread], load: Callable[..., 
                     to = 4 * n + 2 * half + odd
                     sums += 0.0 if added == "RZ" else f32(R[_number(added) + to])
                     R[_number(target) + to] = u32(sums)
+    return columns * 8 * 4 / ROW / 4
