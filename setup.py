@@ -8,8 +8,8 @@ Environment variables:
     SELFREG_FAST_BUILD   unset: build the kernels where there is a compiler; 0: never; 1: or else fail.
     SELFREG_FAST_CUDA    the same for the CUDA kernels. Unset: where there is nvcc, and a torch that can use them.
     SELFREG_FAST_CUDA_ARCHS
-                         for which GPUs, as in TORCH_CUDA_ARCH_LIST, which is asked next: "8.0;9.0+PTX" (the default
-                         where there is no GPU; where there are some, theirs).
+                         for which GPUs, as in TORCH_CUDA_ARCH_LIST, which is asked next: "8.0;9.0+PTX". Unset:
+                         those of the GPUs here; where there is none, 8.0, 9.0, 10.0 and 12.0, and PTX for newer ones.
     CUDA_HOME            where the CUDA toolkit is, if its nvcc is not on PATH or in /usr/local/cuda.
     SELFREG_FAST_TORCH   the torch to build with, or the site-packages that holds it, if csrc/toolchain.py finds none.
     CXX, CXXFLAGS        the compiler (default: the first of g++, clang++, c++), and flags to add, as usual. None of

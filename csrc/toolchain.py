@@ -24,6 +24,9 @@ WAY_OUT = "go on without kernels, with the reference only: SELFREG_FAST_BUILD=0 
 # As torch names them (torch/utils/cpp_extension.py).
 FAMILIES = {"Volta": "7.0", "Turing": "7.5", "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX"}
 FAMILIES |= {"Blackwell": "10.0;10.3;12.0;12.1+PTX"}
+# Where there is no GPU: machine code for each generation, which all of it run (8.6 and 8.9 that of 8.0, 10.3 that of
+# 10.0). The shapes of kernels that suit a GPU's shared memory are chosen when they run.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
 
 class Torch(NamedTuple):
@@ -140,6 +143,11 @@ def gencode(archs: list[str]) -> list[str]:
     return flags
 
 
+def nvcc_knows(arch: str) -> bool:
+    command = [NVCC, "--dryrun", *gencode([arch]), "-x", "cu", "-c", os.devnull]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def cuda_archs() -> tuple[list[str], str]:
     """Of the architectures asked for, or of the GPUs here, or of a default for most, those that can be built ("8.0",
     "9.0+PTX"); and those that cannot, with the reason."""
@@ -149,16 +157,17 @@ def cuda_archs() -> tuple[list[str], str]:
     if not wanted.strip("; ,") and shutil.which("nvidia-smi"):
         gpus = ask("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         wanted = ";".join(sorted(set(re.findall(r"^\d+\.\d+$", gpus, re.M))))
+    if not wanted.strip("; ,"):
+        known = [arch for arch in DEFAULT_ARCHS if nvcc_knows(arch)]
+        return [*known[:-1], *(f"{last}+PTX" for last in known[-1:])], ""
     archs, left_out = [], []
-    for arch in re.split(r"[;,\s]+", wanted.strip("; ,") or "8.0;9.0+PTX"):
+    for arch in re.split(r"[;,\s]+", wanted.strip("; ,")):
         number = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", arch)
         if not number:
             sys.exit(f"CUDA architectures: expected a list like '8.0;9.0+PTX', got {arch!r} in it")
         if int(number[1]) < 8:
             left_out.append(f"{arch} (older than 8.0)")
-        elif subprocess.run(
-            [NVCC, "--dryrun", *gencode([arch]), "-x", "cu", "-c", os.devnull], stderr=subprocess.DEVNULL
-        ).returncode:
+        elif not nvcc_knows(arch):
             left_out.append(f"{arch} (unknown to nvcc {nvcc_version()})")
         else:
             archs.append(arch)

@@ -50,7 +50,7 @@ def look(machine: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["8.0", "8.6", "9.0", "10.0", "12.0+PTX"], "7.5 (older than 8.0)"),
         ("9.0a;10.3f, 12.0", ["9.0a", "12.0"], "10.3f (unknown to nvcc ?)"),
         ("7.0;7.5+PTX", [], "7.0 (older than 8.0), 7.5+PTX (older than 8.0)"),
-        (" ; ", ["8.0", "9.0+PTX"], ""),
+        (" ; ", ["8.0", "9.0", "10.0", "12.0+PTX"], ""),
         ("Turing;Ampere+PTX", ["8.0", "8.6+PTX"], "7.5 (older than 8.0)"),
         ("8.0a 9.0", ["9.0"], "8.0a (unknown to nvcc ?)"),
     ],

@@ -3,6 +3,7 @@ find nothing in them on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -16,6 +17,9 @@ import machine_code
 import on_host
 import pytest
 from machine_code import Case, Compiled
+
+from benchmarks.counted.__main__ import MAIN
+from benchmarks.counted.kernels import GPUS, Gpu
 
 NVCC = shutil.which("nvcc")
 # One front end for both architectures: the second line is the PTX that newer GPUs compile for themselves.
@@ -63,6 +67,38 @@ def test_kernels_compile_and_compute(tmp_path: Path) -> None:
     compiled = Compiled("float32", tmp_path)
     for case in MACHINE_CODE:
         machine_code.check(case, partial(machine_code.of_cuda, compiled, case))
+    for gpu, case in itertools.product(GPUS, SHAPES):
+        warps = _resident_warps(compiled, case, gpu)
+        assert warps >= FEW_WARPS[gpu].get(case.name, 8), (gpu, case.name, warps)
+
+
+def _resident_warps(compiled: Compiled, case: Case, gpu: Gpu) -> int:
+    """Of the main kernel, on a multiprocessor."""
+    launches, _ = compiled.launches(case, 100, gpu)
+    (main,) = (launch for launch in launches if MAIN.search(launch.kernel.symbol))
+    return main.resident_blocks(gpu) * main.block[0] * main.block[1] // 32
+
+
+# Twenty-one classes, five exits, two teachers; each layout and kind of kernel.
+_VOC = (8, 21, 512, 512)
+SHAPES = (
+    Case("planes", _VOC, ((512, 512),) * 5, (0, 4)),
+    Case("planes, odd", (8, 21, 321, 321), ((321, 321),) * 5, (0, 4)),
+    Case("staged", _VOC, ((512, 512),) * 5, (0, 4), channels_last=True),
+    Case("warps", (8, 150, 512, 512), ((512, 512),) * 5, (0, 4)),
+    Case("lanes", (8, 150, 512, 512), ((512, 512),) * 5, (0, 4), channels_last=True),
+    *(Case(f"1/{n}", _VOC, ((512 // n, 512 // n),) * 5, (0, 4)) for n in (2, 4, 8, 16)),
+    Case("mixed", _VOC, ((64, 64),) * 4 + ((512, 512),), (0, 4)),
+    Case("larger", _VOC, ((64, 64),) * 4 + ((1024, 1024),), (0, 4)),
+)
+# What has fewer than eight. Small exits keep the rows that tiles still add to in shared memory, for every target and
+# exit, as wide as the exit under a strip: the finer an exit, the more. Of 150 channels on five warps, a block is all that
+# registers and shared memory hold.
+FEW_WARPS: dict[Gpu, dict[str, int]] = {
+    GPUS[0]: {"warps": 5, "1/2": 2, "1/4": 4, "1/8": 4, "1/16": 6, "mixed": 4},
+    GPUS[1]: {"1/2": 4, "1/4": 6},
+    GPUS[2]: {"1/2": 4},
+}
 
 
 # A tile and a part of one; a pixel a thread, over lanes, over warps; resized, all smaller, beside one of the output's

@@ -160,8 +160,7 @@ def _row(
     virtual = B * C * H * W * len(case.sizes)
     cycles = virtual / 32 / MULTIPROCESSORS  # times those for 32 elements
     moved = 2 * sum(B * C * h * w for h, w in case.sizes) * kernels.ITEMSIZE[dtype]
-    registers = (main.kernel.registers + 7) // 8 * 8
-    resident = min(65536 // (registers * 32) // warps, (228 << 10) // (main.shared_bytes + 1024), 64 // warps, 32)
+    resident = main.resident_blocks()
     rounds, last_round = rounds_of(main.grid[0], resident)
     most_elements = elements * main.grid[0] / virtual  # of the block, over the average
     mix = {operation: round(n * per_element, 2) for operation, n in executed.issued.most_common(12)}

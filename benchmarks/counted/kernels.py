@@ -38,12 +38,30 @@ class Case:
     label_smoothing: float = 0.0
 
 
+class Gpu(NamedTuple):
+    """What a multiprocessor has (CUDA C++ programming guide, technical specifications per compute capability)."""
+
+    archs: str
+    shared_kilobytes: int
+    warps: int
+
+
+SM_90 = Gpu("sm_90, sm_100", 228, 64)
+GPUS = (Gpu("sm_86, sm_89, sm_120", 100, 48), Gpu("sm_80", 164, 64), SM_90)
+
+
 class Launch(NamedTuple):
     kernel: sass.Kernel
     grid: tuple[int, ...]
     block: tuple[int, int]
     shared_bytes: int
     parameters: bytes
+
+    def resident_blocks(self, gpu: Gpu = SM_90) -> int:
+        """How many a multiprocessor runs at a time; all have 65,536 registers."""
+        warps, registers = self.block[0] * self.block[1] // 32, (self.kernel.registers + 7) // 8 * 8
+        by_shared_memory = (gpu.shared_kilobytes << 10) // (self.shared_bytes + 1024)
+        return min(65536 // (registers * 32) // warps, by_shared_memory, gpu.warps // warps, gpu.warps // 2)
 
 
 def key(symbol: str) -> str | None:
@@ -115,9 +133,10 @@ class Compiled:
         if not (self.folder / "launches").exists():
             build("launches")
 
-    def launches(self, case: Case, multiprocessors: int) -> tuple[list[Launch], int]:
+    def launches(self, case: Case, multiprocessors: int, gpu: Gpu = SM_90) -> tuple[list[Launch], int]:
         """In their order; and the bytes of the workspace."""
-        numbers = [multiprocessors, DTYPES[self.dtype], int(case.channels_last), int(case.labels), case.temperature]
+        numbers: list[float] = [multiprocessors, gpu.shared_kilobytes, gpu.warps, DTYPES[self.dtype]]
+        numbers += [int(case.channels_last), int(case.labels), case.temperature]
         numbers += [("raw", "renormalized", "argmax").index(case.target), case.label_smoothing]
         numbers += [*case.shape, len(case.sizes), *(x for size in case.sizes for x in size)]
         numbers += [len(case.teachers), *case.teachers, 0.8, 1.0]

@@ -2,7 +2,8 @@
 // this program, grid, block, bytes of shared memory, and parameters. Nothing is computed, and memory is made up: see
 // the places below. Linked with the backend's sources as compiled for the CPU (tests/cuda_on_host).
 //
-// Arguments: a file of lines "kernel's address, registers"; multiprocessors; dtype, channels_last, labels (int64),
+// Arguments: a file of lines "kernel's address, registers"; multiprocessors, the kilobytes of shared memory that each
+// has, and its warps; dtype, channels_last, labels (int64),
 // temperature, target, label smoothing; B C H W; N, h w of each exit; T, the teachers; weight of label losses, of soft losses.
 #include <algorithm>
 #include <cstdio>
@@ -15,16 +16,17 @@
 
 namespace {
 std::map<uintptr_t, int> registers;
-int multiprocessors;
+int multiprocessors, shared_kilobytes, most_warps;  // the latter two of a multiprocessor
 }  // namespace
 
 namespace cuda_on_host {
 
-// As an sm_90 has them.
 int Multiprocessors() { return multiprocessors; }
+int MostSharedBytes() { return (shared_kilobytes - 1) << 10; }
 int ResidentBlocks(const void* kernel, int threads, size_t shared_bytes) {
   const int warps = (threads + 31) / 32, warp_registers = (registers[uintptr_t(kernel)] + 7) / 8 * 8 * 32;
-  return std::min({65536 / warp_registers / warps, int((228 << 10) / (shared_bytes + 1024)), 64 / warps, 32});
+  return std::min({65536 / warp_registers / warps, int((shared_kilobytes << 10) / (shared_bytes + 1024)),
+                   most_warps / warps, most_warps / 2});
 }
 void AllowSharedBytes(const void*, size_t) {}
 cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const void* parameters, size_t bytes,
@@ -57,7 +59,7 @@ int main(int, char** argument) {
   // Exit e is at 1 + e, its gradient at 64 + e, labels 128, workspace 129, losses 130, total 131; each times 2^36.
   auto place = [](int number) { return reinterpret_cast<void*>(int64_t(number) << 36); };
 
-  multiprocessors = int(next());
+  multiprocessors = int(next()), shared_kilobytes = int(next()), most_warps = int(next());
   ExitLoss L{};
   L.dtype = DType(next());
   const bool channels_last = next(), labels = next();

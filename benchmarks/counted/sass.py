@@ -301,16 +301,27 @@ def _compare_integers(flags: list[str], o: list[str]) -> list[str]:
     return _set(o, flags, [], comparison, predicate(o[4]))
 
 
-def _compare_reals(flags: list[str], o: list[str], double: bool = False) -> list[str]:
-    name = flags[0]
+def _comparison(name: str, o: list[str], double: bool = False) -> tuple[list[str], str]:
+    """Of two reals: what comes before, and whether it holds."""
     if name in ("NAN", "NUM"):
         comparison = "x!=x or y!=y" if name == "NAN" else "x==x and y==y"
     elif name == "NE":
         comparison = "x!=y and x==x and y==y"
     else:  # GEU: or unordered; NEU is Python's own
         comparison = f"x{COMPARISONS[name[:2]]}y" + (" or x!=x or y!=y" if name.endswith("U") else "")
-    before = [f"x={real(o[2], double)}", f"y={real(o[3], double)}"]
-    return _set(o, flags, before, f"({comparison})", predicate(o[4]))
+    return [f"x={real(o[0], double)}", f"y={real(o[1], double)}"], f"({comparison})"
+
+
+def _compare_reals(flags: list[str], o: list[str], double: bool = False) -> list[str]:
+    before, comparison = _comparison(flags[0], o[2:4], double)
+    return _set(o, flags, before, comparison, predicate(o[4]))
+
+
+def _one_or_zero(flags: list[str], o: list[str]) -> list[str]:
+    """A comparison as a real number (BF)."""
+    before, comparison = _comparison(flags[1], o[1:3])
+    combine = "and" if "AND" in flags else "or" if "OR" in flags else "!="
+    return [*before, put(o[0], f"u32(1.0 if {comparison} {combine} {predicate(o[3])} else 0.0)")]
 
 
 def _compute(expression: str, double: bool = False) -> Callable[[list[str], list[str]], list[str]]:
@@ -332,6 +343,10 @@ def _integer_to_real(flags: list[str], o: list[str]) -> list[str]:
     if "S64" in flags or "U64" in flags:
         number = f"({bits(o[1])}|{bits(o[1], 1)}<<32)"
         number = f"({number}-({bits(o[1], 1)}>>31<<64))" if "S64" in flags else number
+    elif part := next((f for f in flags if re.fullmatch("[SU](8|16)", f)), None):  # of the register, the low bits
+        sign = 1 << int(part[1:]) - 1
+        low = f"({bits(o[1])}&{2 * sign - 1})"
+        number = low if part[0] == "U" else f"(({low}^{sign})-{sign})"
     else:
         number = bits(o[1]) if "U32" in flags else signed(o[1])
     if "F64" in flags:
@@ -436,6 +451,7 @@ TRANSLATIONS: dict[str, Callable[[list[str], list[str]], list[str]]] = {
     "PLOP3": _predicate_logic,
     "ISETP": _compare_integers,
     "FSETP": _compare_reals,
+    "FSET": _one_or_zero,
     "DSETP": lambda f, o: _compare_reals(f, o, double=True),
     "SEL": lambda f, o: [put(o[0], f"({integer(o[1])}&{MASK}) if {predicate(o[3])} else ({integer(o[2])}&{MASK})")],
     "FSEL": _compute("{0} if {choice} else {1}"),

@@ -14,7 +14,7 @@ struct Lanes : Access<S_, K_, V_, 1> {
   using typename Base::S;
   static constexpr int I = K / V, kLanes = L, kSure = 0;
   static constexpr bool kRare = true;
-  static constexpr int kMaxThreads = 128, kMinBlocks = min_blocks(kMaxThreads, K);
+  static constexpr int kMaxThreads = 128, kMinBlocks = K == 16 ? 4 : min_blocks(kMaxThreads, K);
 
   const int accesses;  // of which the thread has a channel
 

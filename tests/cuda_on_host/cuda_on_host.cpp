@@ -399,6 +399,7 @@ void AllowSharedBytes(const void* kernel, size_t bytes) {
 }
 
 int Multiprocessors() { return 3; }
+int MostSharedBytes() { return 227 << 10; }
 
 int ResidentBlocks(const void*, int, size_t) { return 2; }
 

@@ -238,7 +238,7 @@ inline cudaError_t Injected(const char* function) {
 }
 
 // Dynamic shared memory of a block: what any kernel may take, and what cudaFuncSetAttribute can allow.
-constexpr size_t kSharedBytes = 48 << 10, kMostSharedBytes = 227 << 10;
+constexpr size_t kSharedBytes = 48 << 10;
 void AllowSharedBytes(const void* kernel, size_t bytes);
 
 // Calls `thread` as every thread of the grid; returns when all have returned. `parameters` are the kernel's, as a GPU
@@ -246,8 +246,10 @@ void AllowSharedBytes(const void* kernel, size_t bytes);
 cudaError_t Launch(const cudaLaunchConfig_t& config, const void* kernel, const void* parameters, size_t bytes,
                    const std::function<void()>& thread);
 
-// What a device is said to have: multiprocessors, and blocks of a kernel that one runs at a time.
+// What a device is said to have: multiprocessors, the shared memory of a block, at most, and blocks of a kernel that a
+// multiprocessor runs at a time.
 int Multiprocessors();
+int MostSharedBytes();
 int ResidentBlocks(const void* kernel, int threads, size_t shared_bytes);
 
 }  // namespace cuda_on_host
@@ -287,7 +289,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = cuda_on_host::kSharedBytes; break;
     case cudaDevAttrMultiProcessorCount: *value = cuda_on_host::Multiprocessors(); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_host::kMostSharedBytes; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_on_host::MostSharedBytes(); break;
   }
   return cudaSuccess;
 }
@@ -295,7 +297,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   if (const cudaError_t error = cuda_on_host::Injected("cudaFuncSetAttribute")) return error;
-  if (value < 0 || size_t(value) > cuda_on_host::kMostSharedBytes) return cuda_on_host::Return(cudaErrorInvalidValue);
+  if (value < 0 || value > cuda_on_host::MostSharedBytes()) return cuda_on_host::Return(cudaErrorInvalidValue);
   cuda_on_host::AllowSharedBytes(reinterpret_cast<const void*>(kernel), value);
   return cudaSuccess;
 }
