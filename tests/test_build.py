@@ -107,8 +107,8 @@ def test_flags_for_nvcc(tmp_path: Path, variables: dict[str, str], flags: list[s
     done = look(tmp_path, SELFREG_FAST_TORCH=str(torch_in(tmp_path / "site")), **variables)
     found = json.loads(done.stdout)
     assert found[4] == flags
-    code = "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"
-    assert found[5] == [word for c in code for word in ("-gencode", c)]
+    codes = [(n, f"sm_{n}") for n in (80, 90, 100, 120)] + [(120, "compute_120")]
+    assert found[5] == [word for n, code in codes for word in ("-gencode", f"arch=compute_{n},code={code}")]
 
 
 def test_an_architecture_is_nothing_to_a_build_without_cuda(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ SHAPES = (
     Case("larger", _VOC, ((64, 64),) * 4 + ((1024, 1024),), (0, 4)),
 )
 # What has fewer than eight. Small exits keep the rows that tiles still add to in shared memory, for every target and
-# exit, as wide as the exit under a strip: the finer an exit, the more. Of 150 channels on five warps, a block is all that
-# registers and shared memory hold.
+# exit, as wide as the exit under a strip: the finer an exit, the more. Of 150 channels on five warps, there is room for
+# one block.
 FEW_WARPS: dict[Gpu, dict[str, int]] = {
     GPUS[0]: {"warps": 5, "1/2": 2, "1/4": 4, "1/8": 4, "1/16": 6, "mixed": 4},
     GPUS[1]: {"1/2": 4, "1/4": 6},
