@@ -1,5 +1,10 @@
-// Exits that are all resized, none larger than the output, with nothing rare asked for: the exit-loss matrix, phases 1
-// and 2. exit_loss.cu launches it, launch.cu plans it; how an output is cut, and an exit's geometry: resize.h.
+// Exits smaller than the output, also beside some of its size: the exit-loss matrix, phases 1 and 2. small_plan.h says
+// which launches come here; args.h how an output is cut. The kernel, from the ground up:
+//   strip.h     a block's band of a strip, its tiles, and what lies under them
+//   lines.h     interpolation to the tile's pixels, exponentials
+//   scatter.h   the way back, to an exit's own resolution
+//   teaching.h  targets, and the losses' parts that are sums over pixels
+//   beside.h    exits of the output's size
 //
 // Interpolation is linear, y_c(p) = sum_k a_kp y_kc over an exit's positions k, so that at the exit's own resolution
 //   sum_p w_p sum_c target_rc(p) y_c(p) = sum_kc y_kc Q_rkc          with Q_rkc = sum_p a_kp w_p target_rc(p)
@@ -20,8 +25,8 @@
 // Counted, not measured: no GPU has run this. Instructions an output pixel, channel and exit, for one block of five
 // exits at an eighth of (8, 21, 512, 512), two of them teachers, float32, sm_90, 168 registers, 12 warps, no spills: in
 // all 25 (0.19 ms in all issue slots of an H200), of which drawing lines 3, interpolating 3, exponentials 3, sums over
-// rows 4, cells 5, columns 2, losses 3; combine_kernel takes another 0.02 ms. Where targets stay in shared memory, for
-// students to read: 37 with tiles of four rows (90 KB of targets, 8 warps), 45 with two.
+// rows 4, cells 5, columns 2, losses 3; combine_kernel takes another 0.02 ms. Of exits at half of the output 68, and
+// there is room for one block.
 #pragma once
 
 #include "beside.h"
