@@ -18,6 +18,8 @@
 //   kMaxThreads, kMinBlocks   the launch bounds, which leave a thread about 64 registers beside its row
 #pragma once
 
+#include <type_traits>
+
 #include "args.h"
 #include "device.h"
 
@@ -59,6 +61,7 @@ constexpr int next_fewer(int K) {
   return fewer;
 }
 
+// Of a row of so many numbers. (Some shapes have one block fewer: what few launches ask for would spill there.)
 constexpr int min_blocks(int max_threads, int row) {
   return max_threads > 128 ? 1 : row > 24 ? 3 : row > 16 ? 4 : row > 8 ? 5 : 6;
 }

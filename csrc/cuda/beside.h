@@ -3,6 +3,7 @@
 #pragma once
 
 #include <type_traits>
+
 #include "teaching.h"
 
 namespace selfreg {

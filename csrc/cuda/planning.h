@@ -49,6 +49,7 @@ struct Planner {
   // The blocks of a kernel that a multiprocessor runs at a time; 0 where they need more shared memory than there is, or
   // after an error.
   int resident_blocks(const void* kernel, int threads, int64_t shared) {
+    if (error != cudaSuccess) return 0;
     thread_local std::map<std::tuple<const void*, int, int, int64_t>, int> known;  // asking takes microseconds
     const std::tuple key{kernel, device, threads, shared};
     if (const auto found = known.find(key); found != known.end()) return found->second;
