@@ -242,7 +242,7 @@ MUTATIONS = [
         "while (u.end[span] <= p) span = u.end[span];",
         "",
         "cuda",
-        RESIZE,
+        SMALLER,
     ),
     Mutation(
         "cuda: small exits' rows are begun anew with every tile",
